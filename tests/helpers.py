@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -27,32 +28,43 @@ with_the_old_class = pytest.mark.skipif(
 
 
 @torch.no_grad()
-def oracle(model: PreTrainedModel, tokens: list[int], window_length: int, num_sink_tokens: int) -> torch.Tensor:
+def oracle(
+    model: PreTrainedModel,
+    tokens: list[int],
+    window_length: int,
+    num_sink_tokens: int,
+    updates: Optional[list[int]] = None,
+) -> torch.Tensor:
     """The logits that streaming `tokens` must give, `[len(tokens), vocab_size]`, from one forward pass without a cache.
 
-    Token `t` may see the first `num_sink_tokens` tokens, directly before its window, and the window. RoPE knows only
-    differences of positions, so for every distance that the sinks have to move a copy of them is appended with
-    `position_ids` moved as far; a copy sees itself only, so its hidden states are those of the sinks.
+    The tokens come in `updates` of so many, by default of one. Those of an update see the kept ones of before (the
+    first `num_sink_tokens`, directly before the latest `window_length - num_sink_tokens - len(update)`) and, causally,
+    each other. RoPE knows only differences of positions, so for every distance that the sinks have to move a copy of
+    them is appended with `position_ids` moved as far; a copy sees itself only, so its hidden states are the sinks'.
     """
-    length, window = len(tokens), window_length - num_sink_tokens
-    moves = range(1, length - window_length + 1)
-    stream = torch.arange(length)
-    sinks = torch.arange(num_sink_tokens)
+    start, plan = 0, []  # (the tokens of an update, how far the sinks move for it)
+    for length in updates or [1] * len(tokens):
+        plan.append((slice(start, start + length), start - min(start, max(window_length - length, num_sink_tokens))))
+        start += length
+    moves = sorted({move for _, move in plan if move}) if num_sink_tokens else []
+    starts = [len(tokens) + place * num_sink_tokens for place in range(len(moves))]
+    copies = {move: slice(start, start + num_sink_tokens) for move, start in zip(moves, starts)}
+
     input_ids = torch.tensor(tokens + tokens[:num_sink_tokens] * len(moves))
-    position_ids = torch.cat([stream, *(sinks + move for move in moves)])
-    sees = torch.zeros(len(input_ids), len(input_ids), dtype=torch.bool)
-    sees[:length, :length] = (stream <= stream[:, None]) & (
-        (stream > stream[:, None] - window) | (stream[:, None] < window_length)
-    )
-    for move in moves:
-        copy = slice(length + (move - 1) * num_sink_tokens, length + move * num_sink_tokens)
-        sees[copy, copy] = sinks <= sinks[:, None]
-        sees[window_length + move - 1, copy] = True
+    position_ids = torch.cat([torch.arange(len(tokens)), *(torch.arange(num_sink_tokens) + move for move in moves)])
+    sees = torch.ones(len(input_ids), len(input_ids), dtype=torch.bool).tril()
+    for copy in copies.values():
+        sees[copy, : copy.start] = False
+    for update, move in plan:
+        if move:
+            sees[update, : move + num_sink_tokens] = False
+        if move in copies:
+            sees[update, copies[move]] = True
     mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)
     output = model(
         input_ids=input_ids[None], position_ids=position_ids[None], attention_mask=mask[None, None], use_cache=False
     )
-    return output.logits[0, :length]
+    return output.logits[0, : len(tokens)]
 
 
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import difference, oracle, prompt, seeded, small_model
+from helpers import RELEASE, difference, oracle, prompt, seeded, small_model
+from packaging.version import Version
 
 from custom_generate.generate import SinkCache, generate
 
@@ -92,14 +93,43 @@ def test_a_prompt_that_the_window_holds_at_once(length):
     assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20) < 1e-5
 
 
-def test_a_loop_of_ones_own():
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
+@pytest.mark.parametrize("prefill_chunk_size", [None, 5, 100])
+def test_a_long_prompt_in_chunks(window, prefill_chunk_size):
+    # What the window holds goes in at once (or in chunks as named), the rest in quarters of its room beside the sinks.
     model = small_model()
-    tokens = prompt(100)
-    cache = SinkCache(16, 4).bind(model)
+    window_length, room = window[0], window[0] - window[1]
+    chunk = min(prefill_chunk_size or max(room // 4, 1), room)
+    first = [5, 5, 5, 1] if prefill_chunk_size == 5 else [window_length]
+    rest = 60 - window_length
+    updates = first + [chunk] * (rest // chunk) + [rest % chunk] * (rest % chunk > 0)
+    tokens, logits = stream(model, prompt(60), *window, max_new_tokens=20, prefill_chunk_size=prefill_chunk_size)
+    assert difference(logits, oracle(model, tokens, *window, updates + [1] * 20)[59:-1]) < 1e-5
+
+
+def own_loop(model, tokens, window_length, num_sink_tokens, updates) -> float:
+    cache = SinkCache(window_length, num_sink_tokens).bind(model)
     with torch.no_grad():
-        steps = [model(input_ids=token, past_key_values=cache).logits[:, -1] for token in tokens.split(1, dim=1)]
-    assert cache.get_seq_length() == 100
-    assert difference(torch.cat(steps), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
+        logits = [model(input_ids=ids, past_key_values=cache).logits[0] for ids in tokens.split(updates, dim=1)]
+    assert cache.get_seq_length() == tokens.shape[1]
+    return difference(torch.cat(logits), oracle(model, tokens[0].tolist(), window_length, num_sink_tokens, updates))
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (5, 4), (1, 0)], ids=str)
+def test_a_loop_of_ones_own(window, attn_implementation):
+    assert own_loop(small_model(attn_implementation=attn_implementation), prompt(100), *window, [1] * 100) < 1e-5
+
+
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
+@pytest.mark.parametrize("updates", [[10, 5, 3, 7, 12, 1, 1, 11], [2, 14, 16, 1], [40, 1, 30, 1, 1]], ids=str)
+def test_updates_of_several_tokens_in_a_loop_of_ones_own(window, updates):
+    model, tokens = small_model(), prompt(sum(updates))
+    if RELEASE >= Version("4.54"):
+        assert own_loop(model, tokens, *window, updates) < 1e-5
+    else:  # it would mask them wrongly
+        with pytest.raises(ValueError, match="one token at a time"):
+            own_loop(model, tokens, *window, updates)
 
 
 def test_several_turns():

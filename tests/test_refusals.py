@@ -1,0 +1,199 @@
+"""What can't be served correctly is refused by name, before the model runs for the generation, and changes nothing."""
+
+import pytest
+import torch
+import transformers
+from helpers import prompt, small_model, with_the_old_class
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
+
+from custom_generate.generate import SinkCache, generate
+
+
+def forward_passes(model) -> list[int]:
+    """A list that grows by the number of tokens of each forward pass from now on."""
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(window_length="16"), TypeError, "`window_length` must be an int.*'16'"),
+        (dict(window_length=16.0), TypeError, "`window_length` must be an int.*16.0"),
+        (dict(window_length=True), TypeError, "`window_length` must be an int.*True"),
+        (dict(window_length=0), ValueError, "`window_length` must be at least 1, got 0"),
+        (dict(window_length=-5), ValueError, "`window_length` must be at least 1, got -5"),
+        (dict(num_sink_tokens="4"), TypeError, "`num_sink_tokens` must be an int.*'4'"),
+        (dict(num_sink_tokens=1.5), TypeError, "`num_sink_tokens` must be an int.*1.5"),
+        (dict(num_sink_tokens=False), TypeError, "`num_sink_tokens` must be an int.*False"),
+        (dict(num_sink_tokens=-1), ValueError, "`num_sink_tokens`.*got -1"),
+        (
+            dict(window_length=4, num_sink_tokens=4),
+            ValueError,
+            r"`num_sink_tokens`.*less than.*\(4\).*got 4",
+        ),
+        (dict(window_length=4, num_sink_tokens=9), ValueError, "`num_sink_tokens`.*got 9"),
+        (dict(window_length=3), ValueError, r"`num_sink_tokens`.*\(3\).*got 4"),
+        (dict(use_cache=False), ValueError, "`use_cache` must not be False"),
+        (dict(generation_config=GenerationConfig(use_cache=False)), ValueError, "`use_cache` must not be False"),
+        (dict(cache_implementation="static"), ValueError, "`cache_implementation`.*'static'"),
+        (dict(generation_config=GenerationConfig(cache_implementation="static")), ValueError, "`cache_implementation`"),
+        (dict(past_key_values=DynamicCache()), TypeError, "`past_key_values` must be.*DynamicCache"),
+        (dict(past_key_values=((torch.zeros(1),),)), TypeError, "`past_key_values` must be.*tuple"),
+        (dict(past_key_values=SinkCache(32, 4), window_length=16), ValueError, "`window_length` is 16.*made with 32"),
+        (dict(past_key_values=SinkCache(32, 4), num_sink_tokens=2), ValueError, "`num_sink_tokens` is 2.*made with 4"),
+        (dict(prompt_lookup_num_tokens=3), ValueError, "`prompt_lookup_num_tokens`"),
+        (dict(assistant_model=object()), ValueError, "`assistant_model`"),
+        (dict(penalty_alpha=0.6, top_k=4), ValueError, "`penalty_alpha`"),
+        (dict(position_ids=torch.arange(5)[None]), ValueError, "`position_ids` must not be given"),
+        (dict(prefill_chunk_size=0), ValueError, "`prefill_chunk_size` must be an int of at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_arguments(arguments, error, message):
+    model = small_model()
+    passes = forward_passes(model)
+    with pytest.raises(error, match=message):
+        generate(model, input_ids=prompt(5), max_new_tokens=5, **arguments)
+    assert passes == []
+    cache = arguments.get("past_key_values")
+    assert not isinstance(cache, SinkCache) or (not cache.is_bound and cache.get_seq_length() == 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[1, 1, 0, 1, 1]], [[1, 1, 1, 1, 0]], [[0, 0, 0, 0, 0]], [[0, 1, 0, 1, 1]]],
+    ids=["hole", "right padding", "no token", "both"],
+)
+def test_masks_that_are_not_left_padding(mask):
+    model = small_model()
+    generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=1)  # reads the rotation
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match="`attention_mask` must be left padding"):
+        generate(model, 16, 4, input_ids=prompt(5), attention_mask=torch.tensor(mask), max_new_tokens=5)
+    assert passes == []
+
+
+def test_a_cache_of_another_model():
+    one, other = small_model(), small_model()
+    cache = SinkCache(16, 4).bind(one)
+    passes = forward_passes(other)
+    for refused in (lambda: generate(other, input_ids=prompt(5), past_key_values=cache), lambda: cache.bind(other)):
+        with pytest.raises(ValueError, match="`past_key_values` is bound to another model"):
+            refused()
+    assert passes == []
+    assert cache.bind(one) is cache
+
+
+def test_a_bound_cache_of_another_window():
+    model = small_model()
+    cache = SinkCache(16, 4).bind(model)
+    with pytest.raises(ValueError, match="`window_length` is 32.*made with 16"):
+        generate(model, 32, 4, input_ids=prompt(5), past_key_values=cache)
+
+
+def test_a_cache_that_took_in_tokens_unbound():
+    model, cache = small_model(), SinkCache(16, 4)
+    with torch.no_grad():
+        model(input_ids=prompt(5), past_key_values=cache)
+    with pytest.raises(ValueError, match="was not bound when it took in its 5 tokens"):
+        generate(model, input_ids=prompt(6), past_key_values=cache)
+    assert cache.get_seq_length() == 5 and not cache.is_bound
+
+
+def test_a_cache_left_in_the_middle_of_a_forward_pass():
+    model = small_model()
+    cache = SinkCache(16, 4)
+    generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=30)
+    hook = model.model.layers[2].register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+    hook.remove()
+    with pytest.raises(ValueError, match="`past_key_values` was left in the middle"):
+        generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+    cache.reset()
+    generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+
+
+def test_cropping():
+    cache = SinkCache(16, 4).bind(small_model())
+    with pytest.raises(ValueError, match="can't be cropped"):
+        cache.crop(-1)
+
+
+def tiny(model_type: str, **settings):
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](vocab_size=211, **settings)).eval()
+
+
+MODELS = {
+    "learned positions": (
+        lambda: tiny("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=128),
+        "keys of its layer 0 change with their position, but not by a rotation",
+    ),
+    "learned positions, OPT": (
+        lambda: tiny(
+            "opt",
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+        ),
+        "keys of its layer 0 change with their position, but not by a rotation",
+    ),
+    "no position ids": (lambda: tiny("bloom", hidden_size=32, n_layer=2, n_head=2), "takes no `position_ids`"),
+    "ALiBi": (
+        lambda: tiny("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True),
+        "no layer turns its keys",
+    ),
+    "layers of two kinds": (
+        lambda: tiny("gemma2", hidden_size=32, num_hidden_layers=2, head_dim=16),
+        "not all of one kind",
+    ),
+    "no attention": (lambda: tiny("mamba", hidden_size=32, num_hidden_layers=2), "not all of one kind"),
+}
+
+
+@pytest.mark.parametrize("build, reason", MODELS.values(), ids=MODELS.keys())
+def test_models(build, reason):
+    model = build()
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match=f"`model`.*can't be streamed.*{reason}"):
+        generate(model, input_ids=prompt(5), max_new_tokens=5)
+    assert passes in ([], [1, 1])  # the two that read the rotation, of single tokens
+
+
+def test_an_encoder_decoder():
+    model = transformers.T5ForConditionalGeneration(
+        T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match="`model`.*encoder-decoder"):
+        generate(model, input_ids=prompt(5) % 99, max_new_tokens=5)
+
+
+def test_no_model():
+    with pytest.raises(TypeError, match="`model` must be a transformers `PreTrainedModel`, got Linear"):
+        generate(torch.nn.Linear(1, 1), input_ids=prompt(5))
+
+
+def test_a_window_that_the_model_does_not_reach_across():
+    with pytest.raises(ValueError, match="`window_length` must be at most 24, got 25"):
+        generate(small_model("mistral", sliding_window=24), 25, 4, input_ids=prompt(5), max_new_tokens=5)
+
+
+def test_a_window_longer_than_unchanging_frequencies():
+    model = small_model(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ValueError, match="`window_length` must be at most 32, got 33"):
+        generate(model, 33, 4, input_ids=prompt(5), max_new_tokens=5)
+    assert generate(model, 32, 4, input_ids=prompt(5), max_new_tokens=60).shape == (1, 65)
+
+
+@with_the_old_class
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_old_class():
+    with pytest.raises(TypeError, match="`past_key_values` must be this repository's `SinkCache`, got transformers"):
+        generate(small_model(), input_ids=prompt(5), past_key_values=transformers.SinkCache(16, 4))

@@ -1,0 +1,75 @@
+"""Rows of a padded batch live on their own: each streams as it would alone."""
+
+import pytest
+import torch
+from helpers import difference, prompt, small_model
+
+from custom_generate.generate import generate
+
+
+def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    longest = max(ids.shape[1] for ids in prompts)
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - ids.shape[1] :] = ids
+        attention_mask[row, longest - ids.shape[1] :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.parametrize("trained_length", [16, 512])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
+@pytest.mark.parametrize("lengths", [(3, 7, 1, 12), (5, 5), (1, 40, 16, 17)], ids=str)
+def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_length):
+    model = small_model(attn_implementation=attn_implementation, max_position_embeddings=trained_length)
+    prompts = [prompt(length, seed=row) for row, length in enumerate(lengths)]
+    settings = dict(
+        max_new_tokens=60, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
+    )
+    batch = generate(model, *window, **left_padded(prompts), **settings)
+    for row, ids in enumerate(prompts):
+        alone = generate(model, *window, input_ids=ids, **settings)
+        assert torch.equal(batch.sequences[row, -60:], alone.sequences[0, -60:])
+        assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
+
+
+def test_a_padded_prompt_that_the_window_holds_at_once():
+    model = small_model()
+    prompts = [prompt(length, seed=length) for length in (3, 12)]
+    settings = dict(max_new_tokens=60, do_sample=False)
+    batch = generate(model, 16, 4, **left_padded(prompts), **settings)
+    for row, ids in enumerate(prompts):
+        assert torch.equal(batch[row, -60:], generate(model, 16, 4, input_ids=ids, **settings)[0, -60:])
+
+
+def test_padding_found_by_transformers_itself():
+    # No mask given: transformers takes leading pad tokens for padding.
+    model = small_model(eos_token_id=210)
+    prompts = [prompt(length, seed=length) for length in (3, 12)]
+    inputs = left_padded(prompts)
+    settings = dict(max_new_tokens=30, min_new_tokens=30, do_sample=False)
+    masked = generate(model, 16, 4, **inputs, **settings)
+    assert torch.equal(generate(model, 16, 4, input_ids=inputs["input_ids"], **settings), masked)
+
+
+def test_beams_of_padded_rows():
+    model = small_model()
+    prompts = [prompt(length, seed=length) for length in (3, 12)]
+    settings = dict(max_new_tokens=40, do_sample=False, num_beams=3)
+    batch = generate(model, 16, 4, **left_padded(prompts), **settings)
+    for row, ids in enumerate(prompts):
+        assert torch.equal(batch[row, -40:], generate(model, 16, 4, input_ids=ids, **settings)[0, -40:])
+
+
+def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
+    # What a chunk may attend to: the sinks, what is left of the window after all of it went in, and itself.
+    model = small_model()
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    output = generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=2, return_dict_in_generate=True)
+    hook.remove()
+    assert seen[2:] == [16] + [3] * 8 + [1]  # after the two that read the rotation
+    assert output.past_key_values.get_seq_length() == 41
