@@ -613,9 +613,12 @@ class SinkCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        keys = next((keys for keys in self.key_cache if keys is not None), None)
-        if keys is not None:
-            self.batch_select_indices(torch.arange(keys.shape[0]).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of the batch held, -1 if it holds nothing yet."""
+        return next((keys.shape[0] for keys in self.key_cache if keys is not None), -1)
 
     def crop(self, *args, **kwargs) -> None:
         """Not possible: what the last tokens evicted is gone."""
@@ -724,8 +727,15 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         inputs = prepare(input_ids, *args, **kwargs)
+        if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
+            return inputs
         if inputs.get("past_key_values") is not cache:  # Phi-3 starts over where its frequencies would change
             inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
+        if cache.batch_size not in (-1, len(input_ids)):
+            raise ValueError(
+                f"`past_key_values` holds a batch of {cache.batch_size}, got one of {len(input_ids)} (beams and "
+                "returned sequences count). Continue with as many, or `batch_repeat_interleave` it."
+            )
         if cache.get_seq_length() == 0:
             cache.pads = _left_padding(kwargs.get("attention_mask"))
             cache.offsets = [0] * len(cache.pads)
@@ -774,10 +784,10 @@ def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
     if attention_mask is None:
         return [0]
     attended = attention_mask.bool()
-    if not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+    if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
         raise ValueError(
-            "`attention_mask` must be left padding only: zeros, then ones up to the last token of every row. Set "
-            '`padding_side="left"` on the tokenizer.'
+            "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
+            'each row. Set `padding_side="left"` on the tokenizer.'
         )
     pads = (~attended).sum(dim=-1).tolist()
     return pads[:1] if len(set(pads)) == 1 else pads
@@ -840,6 +850,7 @@ def generate(
         raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
     _refuse_arguments(model, kwargs)
     cache = _cache_for(kwargs.pop("past_key_values", None), window_length, num_sink_tokens)
+    _refuse_seen_tokens(cache, kwargs)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     cache.bind(model)
     stand_in = _streaming(model, cache, chunk_size)
@@ -899,6 +910,18 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
+
+
+def _refuse_seen_tokens(cache: SinkCache, kwargs: dict[str, Any]) -> None:
+    """Raise if the conversation has nothing that `cache` has not seen."""
+    tokens = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
+    tokens = next((tensor for tensor in tokens if tensor is not None), None)
+    seen = cache.get_seq_length()
+    if seen and tokens is not None and tokens.shape[1] <= seen:
+        raise ValueError(
+            f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
+            f"`past_key_values` has seen, got {tokens.shape[1]}. To start another one, `reset()` it."
+        )
 
 
 def _refuse_model(model: PreTrainedModel, window_length: int) -> None:

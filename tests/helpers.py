@@ -109,7 +109,9 @@ def load_real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not SMOLLM2.exists():
         raise FileNotFoundError(f"{SMOLLM2} is missing: `make test` puts it there.")
     source = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
-    return AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model, tokenizer
 
 
 @contextlib.contextmanager

@@ -82,6 +82,14 @@ def test_the_same_tokens_on_the_real_model(real_model, settings):
     assert torch.equal(tokens(model, 64, 4, **arguments), plain)
 
 
+@pytest.mark.slow
+def test_token_healing_generates_within_the_generation(real_model):
+    model, tokenizer = real_model
+    inputs = tokenizer("The link is http:", return_tensors="pt")
+    settings = dict(**inputs, tokenizer=tokenizer, token_healing=True, max_new_tokens=10, do_sample=False)
+    assert torch.equal(tokens(model, 64, 4, **settings), model.generate(**settings))
+
+
 def test_the_window_decides_past_it():
     model = small_model()
     arguments = dict(input_ids=prompt(10), max_new_tokens=100, do_sample=False)

@@ -66,7 +66,7 @@ def test_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     "mask",
     [[[1, 1, 0, 1, 1]], [[1, 1, 1, 1, 0]], [[0, 0, 0, 0, 0]], [[0, 1, 0, 1, 1]]],
-    ids=["hole", "right padding", "no token", "both"],
+    ids=["hole", "right padding", "no token", "left padding and a hole"],
 )
 def test_masks_that_are_not_left_padding(mask):
     model = small_model()
@@ -116,6 +116,26 @@ def test_a_cache_left_in_the_middle_of_a_forward_pass():
         generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
     cache.reset()
     generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+
+
+def test_a_conversation_that_the_cache_has_seen():
+    model, cache = small_model(), SinkCache(16, 4)
+    sequences = generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=30)
+    passes = forward_passes(model)
+    for seen in (sequences[:, :34], prompt(3)):
+        with pytest.raises(ValueError, match="`input_ids` must be the whole conversation, longer than the 34 tokens"):
+            generate(model, input_ids=seen, past_key_values=cache, max_new_tokens=5)
+    assert passes == [] and cache.get_seq_length() == 34
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_batch_of_another_size(rows):
+    model, cache = small_model(), SinkCache(16, 4)
+    sequences = generate(model, input_ids=prompt(5, rows=rows), past_key_values=cache, max_new_tokens=20)
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match=f"`past_key_values` holds a batch of {rows}, got one of 6"):
+        generate(model, input_ids=sequences[:1].repeat(2, 1), past_key_values=cache, max_new_tokens=5, num_beams=3)
+    assert passes == []
 
 
 def test_cropping():

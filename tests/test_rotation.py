@@ -1,0 +1,100 @@
+"""The rotation is read off the model, without knowing its architecture and without leaving a trace."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import SMALL, prompt, small_model
+from transformers import CONFIG_MAPPING, CohereConfig, GPTNeoXConfig, PhiConfig
+
+from custom_generate.generate import SinkCache, generate, read_rotations
+
+
+@pytest.mark.parametrize(
+    "config, layout",
+    [
+        (CONFIG_MAPPING["llama"](**SMALL), dict(start=0, interleaved=False, pairs=8)),
+        (PhiConfig(**SMALL, partial_rotary_factor=0.5), dict(start=0, interleaved=False, pairs=4)),
+        (GPTNeoXConfig(**SMALL, rotary_pct=0.25), dict(start=0, interleaved=False, pairs=2)),
+        (CohereConfig(**SMALL), dict(start=0, interleaved=True, pairs=8)),
+    ],
+    ids=["whole head", "half", "quarter", "interleaved"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layouts(config, layout, dtype):
+    model = small_model(config).to(dtype)
+    rotations = read_rotations(model)
+    assert len(rotations) == 3
+    for rotation in rotations:
+        assert (rotation.start, rotation.interleaved) == (layout["start"], layout["interleaved"])
+        assert rotation.frequencies.shape == (layout["pairs"],) and rotation.frequencies[0] == 1
+
+
+def test_a_model_that_turns_backwards():
+    model = small_model()
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+
+    def backwards(*args, **kwargs):
+        cos, sin = forward(*args, **kwargs)
+        return cos, -sin
+
+    rotary.forward = backwards
+    assert torch.equal(read_rotations(model)[0].frequencies, -rotary.inv_freq.double())
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
+def test_scaled_frequencies_are_those_in_use(rope_type):
+    # The scaled frequencies differ from the plain ones in the slow pairs only.
+    scaling = {"rope_type": rope_type, "factor": 8.0, "original_max_position_embeddings": 64}
+    if rope_type == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    plain, scaled = small_model(), small_model(rope_scaling=scaling)
+    found = read_rotations(scaled)[0].frequencies
+    assert torch.equal(found, scaled.model.rotary_emb.inv_freq.double())
+    assert found[0] == read_rotations(plain)[0].frequencies[0] and found[-1] < read_rotations(plain)[0].frequencies[-1]
+
+
+def test_layers_without_positions():
+    # As every fourth of SmolLM3.
+    model = small_model()
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def unturned(*args, **kwargs):
+        cos, sin = kwargs["position_embeddings"]
+        return forward(*args, **{**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
+
+    attention.forward = unturned
+    first, second, third = read_rotations(model)
+    assert second is None and first is third is not None
+
+
+def test_it_runs_twice_on_single_tokens_and_never_again():
+    model = small_model()
+    passes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    SinkCache(16, 4).bind(model)
+    assert passes == [(4, 1), (4, 1)]
+    SinkCache(32, 8).bind(model)
+    assert len(passes) == 2
+
+
+def test_a_cast_model_is_read_again():
+    model = small_model()
+    before = read_rotations(model)[0].frequencies
+    after = read_rotations(model.bfloat16())[0].frequencies
+    assert torch.equal(after, model.model.rotary_emb.inv_freq.double()) and not torch.equal(before, after)
+
+
+def test_neither_the_cache_nor_what_was_read_keeps_the_model_alive():
+    model = small_model()
+    alive = weakref.ref(model)
+    cache = SinkCache(16, 4).bind(model)
+    generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=5)
+    del model
+    gc.collect()
+    assert alive() is None and cache.is_bound
