@@ -85,7 +85,7 @@ def test_the_same_tokens_on_the_real_model(real_model, settings):
 @pytest.mark.slow
 def test_token_healing_generates_within_the_generation(real_model):
     model, tokenizer = real_model
-    inputs = tokenizer("The link is http:", return_tensors="pt")
+    inputs = tokenizer(["The link is http:", "The site was http:"], return_tensors="pt")
     settings = dict(**inputs, tokenizer=tokenizer, token_healing=True, max_new_tokens=10, do_sample=False)
     assert torch.equal(tokens(model, 64, 4, **settings), model.generate(**settings))
 

@@ -56,6 +56,14 @@ def test_scaled_frequencies_are_those_in_use(rope_type):
     assert found[0] == read_rotations(plain)[0].frequencies[0] and found[-1] < read_rotations(plain)[0].frequencies[-1]
 
 
+def test_frequencies_not_in_use_are_passed_over():
+    model = small_model(max_position_embeddings=2048)
+    used = model.model.rotary_emb.inv_freq
+    for name, decoy in {"nearly": used * (1 - 1e-4), "other": used.flip(0), "same": used.clone()}.items():
+        model.register_buffer(name, decoy)
+    assert all(torch.equal(rotation.frequencies, used.double()) for rotation in read_rotations(model))
+
+
 def test_layers_without_positions():
     # As every fourth of SmolLM3.
     model = small_model()

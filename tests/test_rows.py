@@ -62,6 +62,27 @@ def test_beams_of_padded_rows():
         assert torch.equal(batch[row, -40:], generate(model, 16, 4, input_ids=ids, **settings)[0, -40:])
 
 
+def test_rows_keep_their_own_count_when_the_batch_is_rearranged():
+    model = small_model(max_position_embeddings=16)
+    settings = dict(do_sample=False, return_dict_in_generate=True)
+    inputs = left_padded([prompt(length, seed=length) for length in (3, 12, 7)])
+    straight = generate(model, 16, 4, **inputs, max_new_tokens=60, **settings).sequences
+    for stop in (2, 30):  # while the rows are still filling, and after
+        first = generate(model, 16, 4, **inputs, max_new_tokens=stop, **settings)
+        rows = torch.tensor([2, 0, 1, 0])
+        first.past_key_values.batch_select_indices(rows)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, stop, dtype=torch.long)], dim=1)
+        rest = generate(
+            model,
+            input_ids=first.sequences[rows],
+            attention_mask=mask[rows],
+            past_key_values=first.past_key_values,
+            max_new_tokens=60 - stop,
+            **settings,
+        )
+        assert torch.equal(rest.sequences, straight[rows])
+
+
 def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
     # What a chunk may attend to: the sinks, what is left of the window after all of it went in, and itself.
     model = small_model()
