@@ -33,6 +33,9 @@ except ImportError:  # until 4.53 a cache had no layer objects
 # Until 4.53 a model sizes its mask by all tokens seen and uses its first columns: wrong once tokens were evicted.
 MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
 
+# 4.52 configurations have no `layer_types`: this attribute is what marks one with layers of several kinds.
+HYBRID = "cache_implementation"
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes all three on.
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 
@@ -127,7 +130,13 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
         )
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
-    before, after = _keys_at(model, 0), _keys_at(model, distance)
+    try:
+        before, after = _keys_at(model, 0), _keys_at(model, distance)
+    except Exception as error:
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: it failed on single tokens at positions 0 and {distance}, off which "
+            f"its rotation is read: {error}"
+        ) from error
     candidates = {keys.shape[-1]: list(_candidates(model, keys.shape[-1])) for keys in before}
     rotations = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
@@ -402,10 +411,10 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
-        """How many keys `update` will return for so many new tokens, and which column the first counts as."""
+        """How many keys an update returns for so many new tokens, without padding, and the column of the first."""
         length = _query_length(sizes)
-        num_keys = Step(self.window_length, self.num_sink_tokens, self.seen, length, [0], [0]).num_keys
-        return num_keys, self.seen + length - num_keys
+        kept = min(self.seen, max(self.window_length - length, self.num_sink_tokens))
+        return kept + length, self.seen - kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +470,7 @@ class SinkCache(Cache):
         """Forget all tokens; a bound cache stays bound."""
         for layer in self.layers:
             layer.reset()
-        self.pads, self.offsets = [0], [0]
+        self.pads, self.offsets = [0], [0]  # each row's left padding, and what its positions are lowered by
         self.step: Optional[Step] = None
         self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
 
@@ -592,9 +601,10 @@ class SinkCache(Cache):
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
         """The number of keys that `update` will return, and the column that the first of them counts as."""
-        if self.is_bound:
-            return self.layers[layer_idx].get_mask_sizes(sizes)
         stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
+        if self.is_bound:
+            num_keys = self.plan(stored, length).num_keys
+            return num_keys, stored + length - num_keys
         return (min(stored + length, self.window_length) if stored else length), 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -738,7 +748,7 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
             )
         if cache.get_seq_length() == 0:
             cache.pads = _left_padding(kwargs.get("attention_mask"))
-            cache.offsets = [0] * len(cache.pads)
+            cache.offsets, cache.step = [0] * len(cache.pads), None
         chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
         for chunk in chunks[:-1]:
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
@@ -886,11 +896,8 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `generate` that a stream can't serve."""
     configs = (kwargs.get("generation_config"), model.generation_config)
     use_cache = kwargs.get("use_cache")
-    if (
-        use_cache is False
-        or use_cache is None
-        and any(getattr(config, "use_cache", None) is False for config in configs)
-    ):
+    unused = any(getattr(config, "use_cache", None) is False for config in configs)
+    if use_cache is False or (use_cache is None and unused):
         raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
     for source in (kwargs.get("cache_implementation"), getattr(configs[0], "cache_implementation", None)):
         if source is not None:
@@ -930,11 +937,15 @@ def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
     kinds = set(getattr(config, "layer_types", None) or [])
-    hybrid = len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}
-    if hybrid or getattr(config, "cache_implementation", None) or not model._supports_default_dynamic_cache():
+    if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"} or getattr(config, HYBRID, None):
         raise ValueError(
-            f"`model` ({name}) can't be streamed: its layers are not all of one kind of attention"
-            f"{f' ({sorted(kinds)})' if kinds else ''}. Use a model with attention of one kind."
+            f"`model` ({name}) can't be streamed: its layers are not all attention of one kind "
+            f"({', '.join(sorted(kinds)) or 'a hybrid'}). Use a model with full attention in every layer."
+        )
+    if not model._supports_default_dynamic_cache():
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: transformers {transformers.__version__} gives it a cache of its own, "
+            "which a `SinkCache` can't stand in for. Use a model with full attention in every layer."
         )
     sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if sliding_window is not None and window_length > sliding_window:
@@ -958,7 +969,7 @@ def _cache_for(past_key_values: Any, window_length: Optional[int], num_sink_toke
     if past_key_values is None:
         return SinkCache(**named)
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
-    if type(past_key_values).__name__ != "SinkCache" or not hasattr(past_key_values, "bind"):
+    if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
         raise TypeError(
             f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
             f"{type(past_key_values).__name__}. Leave it out to start a new one."
