@@ -77,7 +77,7 @@ class Rotation:
         frequencies: `[pairs]`, float64 on the CPU: radians by which each pair turns per position, negative if the model
             turns backwards.
         start: the first of the `2 * pairs` neighbouring dimensions of a head that turn.
-        interleaved: whether a pair is two neighbours (GPT-J) or dimensions `i` and `pairs + i` (Llama).
+        interleaved: whether a pair is two neighbours, or dimensions `i` and `pairs + i` of those that turn.
     """
 
     frequencies: torch.Tensor
@@ -739,7 +739,7 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
         inputs = prepare(input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
             return inputs
-        if inputs.get("past_key_values") is not cache:  # Phi-3 starts over where its frequencies would change
+        if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
         if cache.batch_size not in (-1, len(input_ids)):
             raise ValueError(

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import RELEASE, difference, oracle, prompt, seeded, small_model
+from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded, small_model
 from packaging.version import Version
+from transformers import Phi3Config
 
 from custom_generate.generate import SinkCache, generate
 
@@ -73,6 +74,23 @@ def test_every_step_while_positions_are_shifted_back(window, trained_length):
 )
 def test_scaled_frequencies(rope_scaling):
     assert error(small_model(rope_scaling=rope_scaling), prompt(3), 16, 4, max_new_tokens=200) < 1e-5
+
+
+def test_frequencies_that_change_past_the_trained_length_never_do():
+    model = small_model(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=300)
+    assert difference(logits, oracle(small_model(), tokens, 16, 4)[2:-1]) < 1e-5
+
+
+def test_a_model_that_would_start_over_where_its_frequencies_change():
+    # Phi-3 drops its cache there; a twin with the same frequencies for short and long says what is right.
+    def phi3(long_factor: list[float]):
+        scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": long_factor}
+        settings = {**SMALL, "max_position_embeddings": 128, "original_max_position_embeddings": 32}
+        return small_model(Phi3Config(**settings, rope_scaling=scaling))
+
+    tokens, logits = stream(phi3([2.0 + pair for pair in range(8)]), prompt(3), 16, 4, max_new_tokens=100)
+    assert difference(logits, oracle(phi3([1.0] * 8), tokens, 16, 4)[2:-1]) < 1e-5
 
 
 def test_a_model_that_slides_further_than_the_window():
