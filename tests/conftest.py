@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import transformers
-from helpers import load_real_model
+from real_model import load_real_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

