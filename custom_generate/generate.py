@@ -413,8 +413,8 @@ class SinkLayer(CacheLayerMixin):
     def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
         """How many keys an update returns for so many new tokens, without padding, and the column of the first."""
         length = _query_length(sizes)
-        kept = min(self.seen, max(self.window_length - length, self.num_sink_tokens))
-        return kept + length, self.seen - kept
+        num_keys = Step(self.window_length, self.num_sink_tokens, self.seen, length, [0], [0]).num_keys
+        return num_keys, self.seen + length - num_keys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,22 +733,19 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
     # A model loaded from a repository that carries this file has `generate` below in its own place.
     stand_in.__dict__.pop("generate", None)
     prepare = model.prepare_inputs_for_generation
+    begun = False
 
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        nonlocal begun
         inputs = prepare(input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
             return inputs
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
-        if cache.batch_size not in (-1, len(input_ids)):
-            raise ValueError(
-                f"`past_key_values` holds a batch of {cache.batch_size}, got one of {len(input_ids)} (beams and "
-                "returned sequences count). Continue with as many, or `batch_repeat_interleave` it."
-            )
-        if cache.get_seq_length() == 0:
-            cache.pads = _left_padding(kwargs.get("attention_mask"))
-            cache.offsets, cache.step = [0] * len(cache.pads), None
+        if not begun:
+            _begin(cache, len(input_ids), kwargs.get("attention_mask"))
+            begun = True
         chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
         for chunk in chunks[:-1]:
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
@@ -756,6 +753,23 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
 
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
     return stand_in
+
+
+def _begin(cache: SinkCache, batch_size: int, attention_mask: Optional[torch.Tensor]) -> None:
+    """Take over the padding of a call's batch if `cache` is empty; raise if it holds another batch or other padding."""
+    pads = _left_padding(attention_mask)
+    if cache.get_seq_length() == 0:
+        cache.pads, cache.offsets, cache.step = pads, [0] * len(pads), None
+    elif cache.batch_size != batch_size:
+        raise ValueError(
+            f"`past_key_values` holds a batch of {cache.batch_size}, got one of {batch_size} (beams and returned "
+            "sequences count). Continue with as many, or `batch_repeat_interleave` it."
+        )
+    elif cache.pads != pads:
+        raise ValueError(
+            f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
+            f"{cache.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
+        )
 
 
 def _num_tokens(inputs: dict[str, Any]) -> int:

@@ -77,6 +77,33 @@ def test_masks_that_are_not_left_padding(mask):
     assert passes == []
 
 
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (dict(padding=[0, 2], hole=False), r"`attention_mask` has \[0, 2\].*began after \[2, 0\]"),
+        (dict(padding=[0, 0], hole=False), r"`attention_mask` has \[0\].*began after \[2, 0\]"),
+        (dict(padding=[2, 0], hole=True), "`attention_mask` must be left padding"),
+    ],
+    ids=["other rows padded", "no padding any more", "padding before the new tokens"],
+)
+def test_a_turn_whose_mask_is_not_that_of_the_turn_before(mask, message):
+    def masked(length: int, padding: list[int]) -> torch.Tensor:
+        return (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
+
+    model, cache = small_model(), SinkCache(16, 4)
+    first = generate(
+        model, input_ids=prompt(5, rows=2), attention_mask=masked(5, [2, 0]), past_key_values=cache, max_new_tokens=20
+    )
+    turn = torch.cat([first, prompt(3, rows=2)], dim=1)
+    attention_mask = masked(turn.shape[1], mask["padding"])
+    attention_mask[0, -3] = not mask["hole"]
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match=message):
+        generate(model, input_ids=turn, attention_mask=attention_mask, past_key_values=cache, max_new_tokens=5)
+    assert passes == [] and cache.get_seq_length() == 24
+    generate(model, input_ids=turn, attention_mask=masked(28, [2, 0]), past_key_values=cache, max_new_tokens=5)
+
+
 def test_a_cache_of_another_model():
     one, other = small_model(), small_model()
     cache = SinkCache(16, 4).bind(one)
