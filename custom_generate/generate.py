@@ -36,8 +36,10 @@ MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
 # 4.52 configurations have no `layer_types`: this attribute is what marks one with layers of several kinds.
 HYBRID = "cache_implementation"
 
-# What `generate` hands to a custom function about how it was found: 4.52 passes all three on.
+# What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
+# and every release what says where on the Hub.
+ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
 
 
 def _init_cache(cache: Cache) -> None:
@@ -248,7 +250,7 @@ class Step:
         self.shifts = [held - kept - offset for held, kept, offset in zip(self.held, self.kept, offsets)]
         self.evicts = any(held + new > window_length for held, new in zip(self.held, self.new))
         self.needs_mask = min(self.kept) < max(self.kept) or min(self.new) < length
-        self.masked = False  # whether the model was given a mask made for this step
+        self.prepared = False  # whether the model was given positions and a mask made for this step
         self._cos_sin: dict = {}
 
     def slot(self, token: int) -> int:
@@ -433,9 +435,12 @@ class SinkCache(Cache):
     `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
     tokens stored. Told neither `sin` nor `cos`, it refuses to evict.
 
-    In a loop of your own, a bound cache attends and evicts as said above for one new token at a time without padding.
-    Padded rows, several tokens after the first eviction before transformers 4.54, and positions that stay bounded for
-    ever need `generate`.
+    All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
+    calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
+    the cache sees neither mask nor positions. They hold for one row, not padded, up to the length that the model was
+    trained on. Refused are a batch that must evict, steps past that length, going on with rows that were padded or
+    shifted back, and before transformers 4.54 several tokens at once on a full window. What the cache can't see there,
+    and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     Args:
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.
@@ -470,7 +475,8 @@ class SinkCache(Cache):
         """Forget all tokens; a bound cache stays bound."""
         for layer in self.layers:
             layer.reset()
-        self.pads, self.offsets = [0], [0]  # each row's left padding, and what its positions are lowered by
+        self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
+        self.offsets = [0]  # by how much each row's positions are lowered
         self.step: Optional[Step] = None
         self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
 
@@ -503,7 +509,8 @@ class SinkCache(Cache):
         rotations = read_rotations(model)
         # Far enough above the window that shifting back is rare; low enough that float32 is exact about angles.
         ceiling = max(4 * self.window_length, 4096)
-        self._ceiling = max(self.window_length, min(ceiling, _trained_length(model.config) or ceiling))
+        self._trained_length = _trained_length(model.config) or ceiling
+        self._ceiling = max(self.window_length, min(ceiling, self._trained_length))
         self.layers = [SinkLayer(self.window_length, self.num_sink_tokens, rotation) for rotation in rotations]
         self._model = weakref.ref(model)
         return self
@@ -550,23 +557,77 @@ class SinkCache(Cache):
             Keys and values with the tokens attended to in dimension 2.
 
         Raises:
-            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or a bound one, outside
-                `generate`, several tokens that the release of transformers would mask wrongly.
+            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
+                one was called without its `prepare_inputs` where it needs them.
         """
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
         step = self.plan(self.layers[layer_idx].seen, key_states.shape[2])
-        if step.length > 1 and step.evicts and not (MASKS_FOLLOW_THE_CACHE or step.masked):
-            raise ValueError(
-                f"{step.length} tokens in one update of a full `SinkCache` would be masked wrongly by transformers "
-                f"{transformers.__version__}. Pass one token at a time, use `generate`, or transformers 4.54 or newer."
-            )
+        if not step.prepared:
+            self._refuse_unprepared(step, key_states.shape[0])
         return self.layers[layer_idx].update(key_states, value_states, step)
+
+    def _refuse_unprepared(self, step: Step, batch_size: int) -> None:
+        """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
+        if any(self.pads or []) or any(self.offsets):
+            reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
+        elif step.start + step.length > self._trained_length:
+            reason = f"the model would count positions past the {self._trained_length} that it was trained on"
+        elif step.evicts and batch_size > 1 and self.pads is None:
+            reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
+        elif step.length > 1 and step.evicts and step.start > 0 and not MASKS_FOLLOW_THE_CACHE:
+            reason = f"transformers {transformers.__version__} would mask {step.length} tokens on a full window wrongly"
+        else:
+            return
+        raise ValueError(
+            f"A `SinkCache` can't go on outside of its `generate`: {reason}. Use `generate`, or call the model with "
+            "`**past_key_values.prepare_inputs(input_ids, attention_mask)`."
+        )
+
+    def prepare_inputs(self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None) -> dict[str, Any]:
+        """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
+
+        Args:
+            input_ids: the new tokens, int64 `[batch, length]`. Several that evict do so all at once, before any of them
+                attends: pass a long prompt by a few.
+            attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
+                each row has at least one of. Not needed without padding, or again.
+
+        Returns:
+            `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
+            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other.
+
+        Raises:
+            ValueError: the cache is not bound, or the arguments don't fit to what it holds.
+        """
+        model = self._model() if self.is_bound else None
+        if model is None:
+            raise ValueError(
+                "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
+            )
+        start, (batch_size, length) = self.get_seq_length(), input_ids.shape
+        needed = [batch_size, start + length]
+        if attention_mask is not None and list(attention_mask.shape) != needed:
+            raise ValueError(
+                f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
+                f"{list(attention_mask.shape)}."
+            )
+        pads = self.pads
+        if attention_mask is not None or pads is None:
+            pads = _left_padding(attention_mask)
+        _begin(self, batch_size, pads)
+        positions = torch.arange(start, start + length) - torch.tensor(self.pads)[:, None]
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": positions.clamp(min=0).to(input_ids.device),
+            "past_key_values": self,
+        }
+        return _inputs_for_step(model, self, inputs)
 
     def plan(self, start: int, length: int) -> Step:
         """The step of `length` new tokens after `start`: made by the first layer that asks, shared by the others."""
         if self.step is None or (self.step.start, self.step.length) != (start, length):
-            self.step = Step(self.window_length, self.num_sink_tokens, start, length, self.pads, self.offsets)
+            self.step = Step(self.window_length, self.num_sink_tokens, start, length, self.pads or [0], self.offsets)
         return self.step
 
     def bound_positions(self, length: int) -> None:
@@ -616,7 +677,7 @@ class SinkCache(Cache):
         for layer in self.layers:
             layer.select_rows(indices)
         self._unbound.select_rows(indices)
-        if len(self.pads) > 1:
+        if self.pads is not None and len(self.pads) > 1:
             rows = indices.tolist()
             self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
         self.step = None
@@ -744,7 +805,7 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
         if not begun:
-            _begin(cache, len(input_ids), kwargs.get("attention_mask"))
+            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
             begun = True
         chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
         for chunk in chunks[:-1]:
@@ -755,9 +816,8 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
     return stand_in
 
 
-def _begin(cache: SinkCache, batch_size: int, attention_mask: Optional[torch.Tensor]) -> None:
-    """Take over the padding of a call's batch if `cache` is empty; raise if it holds another batch or other padding."""
-    pads = _left_padding(attention_mask)
+def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
+    """Take over a batch's padding if `cache` is empty; raise if it holds another batch, or other padding."""
     if cache.get_seq_length() == 0:
         cache.pads, cache.offsets, cache.step = pads, [0] * len(pads), None
     elif cache.batch_size != batch_size:
@@ -765,11 +825,13 @@ def _begin(cache: SinkCache, batch_size: int, attention_mask: Optional[torch.Ten
             f"`past_key_values` holds a batch of {cache.batch_size}, got one of {batch_size} (beams and returned "
             "sequences count). Continue with as many, or `batch_repeat_interleave` it."
         )
-    elif cache.pads != pads:
-        raise ValueError(
-            f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
-            f"{cache.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
-        )
+    else:
+        cache.pads = cache.pads or [0]  # the model was called by itself until now, which padded rows are kept from
+        if cache.pads not in (pads, pads * batch_size):
+            raise ValueError(
+                f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
+                f"{cache.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
+            )
 
 
 def _num_tokens(inputs: dict[str, Any]) -> int:
@@ -822,7 +884,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     length = _num_tokens(inputs)
     cache.bound_positions(length)
     step = cache.plan(cache.get_seq_length(), length)
-    step.masked = True
+    step.prepared = True
     if any(cache.offsets):
         positions = inputs["position_ids"]
         inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
@@ -852,8 +914,10 @@ def generate(
 
     Args:
         model: a decoder-only model whose positions are relative (RoPE).
-        window_length (`int`, defaults to 256): the most tokens kept in the cache, sinks included.
-        num_sink_tokens (`int`, defaults to 4): how many of them are the first tokens of the sequence.
+        window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
+            sinks included.
+        num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
+            of the sequence.
         kwargs: all that `model.generate` takes. Of special meaning:
             past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
                 error. A new, unbound one is bound to `model`.
@@ -873,7 +937,13 @@ def generate(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
     _refuse_arguments(model, kwargs)
-    cache = _cache_for(kwargs.pop("past_key_values", None), window_length, num_sink_tokens)
+    window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    cache = kwargs.pop("past_key_values", None)
+    if cache is None:
+        settings = {name: _setting(model, window | kwargs, name) for name in window}
+        cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
+    else:
+        _refuse_cache(cache, window)
     _refuse_seen_tokens(cache, kwargs)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     cache.bind(model)
@@ -976,20 +1046,16 @@ def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
         )
 
 
-def _cache_for(past_key_values: Any, window_length: Optional[int], num_sink_tokens: Optional[int]) -> SinkCache:
-    """The cache that was handed in, if it is as named, or a new one."""
-    named = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    named = {name: value for name, value in named.items() if value is not None}
-    if past_key_values is None:
-        return SinkCache(**named)
+def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
+    """Raise unless `past_key_values` is a `SinkCache` in good order, and with the window that was named."""
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
     if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
         raise TypeError(
             f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
             f"{type(past_key_values).__name__}. Leave it out to start a new one."
         )
-    for name, value in named.items():
-        if getattr(past_key_values, name) != value:
+    for name, value in window.items():
+        if value is not None and value != getattr(past_key_values, name):
             raise ValueError(
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
@@ -999,4 +1065,3 @@ def _cache_for(past_key_values: Any, window_length: Optional[int], num_sink_toke
             "`past_key_values` was left in the middle of a forward pass by an error: its layers disagree about the "
             "tokens seen. `reset()` it, or use a new `SinkCache`."
         )
-    return past_key_values

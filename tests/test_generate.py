@@ -213,7 +213,7 @@ def test_a_bound_cache_follows_its_batch():
     with torch.no_grad():
         for token in ids.split(1, dim=1):
             one_logits = model(input_ids=token[1:], past_key_values=one).logits
-            model(input_ids=token, past_key_values=both)
+            model(**both.prepare_inputs(token))
         both.batch_select_indices(torch.tensor([1]))
         both.batch_repeat_interleave(3)
         both.reorder_cache(torch.tensor([2, 0, 1]))

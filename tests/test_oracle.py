@@ -125,29 +125,53 @@ def test_a_long_prompt_in_chunks(window, prefill_chunk_size):
     assert difference(logits, oracle(model, tokens, *window, updates + [1] * 20)[59:-1]) < 1e-5
 
 
-def own_loop(model, tokens, window_length, num_sink_tokens, updates) -> float:
+def own_loop(model, tokens, window_length, num_sink_tokens, updates, prepared) -> float:
     cache = SinkCache(window_length, num_sink_tokens).bind(model)
+    logits = []
     with torch.no_grad():
-        logits = [model(input_ids=ids, past_key_values=cache).logits[0] for ids in tokens.split(updates, dim=1)]
+        for ids in tokens.split(updates, dim=1):
+            inputs = cache.prepare_inputs(ids) if prepared else dict(input_ids=ids, past_key_values=cache)
+            logits.append(model(**inputs).logits[0])
     assert cache.get_seq_length() == tokens.shape[1]
     return difference(torch.cat(logits), oracle(model, tokens[0].tolist(), window_length, num_sink_tokens, updates))
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["by itself", "prepared"])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), (5, 4), (1, 0)], ids=str)
-def test_a_loop_of_ones_own(window, attn_implementation):
-    assert own_loop(small_model(attn_implementation=attn_implementation), prompt(100), *window, [1] * 100) < 1e-5
+def test_a_loop_of_ones_own(window, attn_implementation, prepared):
+    model = small_model(attn_implementation=attn_implementation)
+    assert own_loop(model, prompt(100), *window, [1] * 100, prepared) < 1e-5
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["by itself", "prepared"])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
 @pytest.mark.parametrize("updates", [[10, 5, 3, 7, 12, 1, 1, 11], [2, 14, 16, 1], [40, 1, 30, 1, 1]], ids=str)
-def test_updates_of_several_tokens_in_a_loop_of_ones_own(window, updates):
+def test_updates_of_several_tokens_in_a_loop_of_ones_own(window, updates, prepared):
     model, tokens = small_model(), prompt(sum(updates))
-    if RELEASE >= Version("4.54"):
-        assert own_loop(model, tokens, *window, updates) < 1e-5
-    else:  # it would mask them wrongly
-        with pytest.raises(ValueError, match="one token at a time"):
-            own_loop(model, tokens, *window, updates)
+    if prepared or RELEASE >= Version("4.54"):
+        assert own_loop(model, tokens, *window, updates, prepared) < 1e-5
+    else:
+        with pytest.raises(ValueError, match="would mask.*wrongly.*prepare_inputs"):
+            own_loop(model, tokens, *window, updates, prepared)
+
+
+def test_a_prepared_loop_keeps_positions_bounded():
+    model = small_model(max_position_embeddings=17)
+    assert own_loop(model, prompt(300), 16, 4, [1] * 300, prepared=True) < 1e-5
+
+
+def test_a_loop_goes_on_prepared_where_the_model_may_not_count_further():
+    model, tokens = small_model(max_position_embeddings=40), prompt(100)
+    cache = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        logits = [model(input_ids=ids, past_key_values=cache).logits[0] for ids in tokens[:, :40].split(1, dim=1)]
+        with pytest.raises(ValueError, match="past the 40 that it was trained on.*prepare_inputs"):
+            model(input_ids=tokens[:, 40:41], past_key_values=cache)
+        logits += [model(**cache.prepare_inputs(ids)).logits[0] for ids in tokens[:, 40:].split(1, dim=1)]
+        with pytest.raises(ValueError, match="positions shifted back.*prepare_inputs"):
+            model(input_ids=prompt(1), past_key_values=cache)
+    assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
 
 
 def test_several_turns():

@@ -18,40 +18,41 @@ def forward_passes(model) -> list[int]:
     return lengths
 
 
+ARGUMENTS = [
+    (dict(window_length="16"), TypeError, "`window_length` must be an int.*'16'"),
+    (dict(window_length=16.0), TypeError, "`window_length` must be an int.*16.0"),
+    (dict(window_length=True), TypeError, "`window_length` must be an int.*True"),
+    (dict(window_length=0), ValueError, "`window_length` must be at least 1, got 0"),
+    (dict(window_length=-5), ValueError, "`window_length` must be at least 1, got -5"),
+    (dict(num_sink_tokens="4"), TypeError, "`num_sink_tokens` must be an int.*'4'"),
+    (dict(num_sink_tokens=1.5), TypeError, "`num_sink_tokens` must be an int.*1.5"),
+    (dict(num_sink_tokens=False), TypeError, "`num_sink_tokens` must be an int.*False"),
+    (dict(num_sink_tokens=-1), ValueError, "`num_sink_tokens`.*got -1"),
+    (
+        dict(window_length=4, num_sink_tokens=4),
+        ValueError,
+        r"`num_sink_tokens`.*less than.*\(4\).*got 4",
+    ),
+    (dict(window_length=4, num_sink_tokens=9), ValueError, "`num_sink_tokens`.*got 9"),
+    (dict(window_length=3), ValueError, r"`num_sink_tokens`.*\(3\).*got 4"),
+    (dict(use_cache=False), ValueError, "`use_cache` must not be False"),
+    (dict(generation_config=GenerationConfig(use_cache=False)), ValueError, "`use_cache` must not be False"),
+    (dict(cache_implementation="static"), ValueError, "`cache_implementation`.*'static'"),
+    (dict(generation_config=GenerationConfig(cache_implementation="static")), ValueError, "`cache_implementation`"),
+    (dict(past_key_values=DynamicCache()), TypeError, "`past_key_values` must be.*DynamicCache"),
+    (dict(past_key_values=((torch.zeros(1),),)), TypeError, "`past_key_values` must be.*tuple"),
+    (dict(past_key_values=SinkCache(32, 4), window_length=16), ValueError, "`window_length` is 16.*made with 32"),
+    (dict(past_key_values=SinkCache(32, 4), num_sink_tokens=2), ValueError, "`num_sink_tokens` is 2.*made with 4"),
+    (dict(prompt_lookup_num_tokens=3), ValueError, "`prompt_lookup_num_tokens`"),
+    (dict(assistant_model=object()), ValueError, "`assistant_model`"),
+    (dict(penalty_alpha=0.6, top_k=4), ValueError, "`penalty_alpha`"),
+    (dict(position_ids=torch.arange(5)[None]), ValueError, "`position_ids` must not be given"),
+    (dict(prefill_chunk_size=0), ValueError, "`prefill_chunk_size` must be an int of at least 1, got 0"),
+]
+
+
 @pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        (dict(window_length="16"), TypeError, "`window_length` must be an int.*'16'"),
-        (dict(window_length=16.0), TypeError, "`window_length` must be an int.*16.0"),
-        (dict(window_length=True), TypeError, "`window_length` must be an int.*True"),
-        (dict(window_length=0), ValueError, "`window_length` must be at least 1, got 0"),
-        (dict(window_length=-5), ValueError, "`window_length` must be at least 1, got -5"),
-        (dict(num_sink_tokens="4"), TypeError, "`num_sink_tokens` must be an int.*'4'"),
-        (dict(num_sink_tokens=1.5), TypeError, "`num_sink_tokens` must be an int.*1.5"),
-        (dict(num_sink_tokens=False), TypeError, "`num_sink_tokens` must be an int.*False"),
-        (dict(num_sink_tokens=-1), ValueError, "`num_sink_tokens`.*got -1"),
-        (
-            dict(window_length=4, num_sink_tokens=4),
-            ValueError,
-            r"`num_sink_tokens`.*less than.*\(4\).*got 4",
-        ),
-        (dict(window_length=4, num_sink_tokens=9), ValueError, "`num_sink_tokens`.*got 9"),
-        (dict(window_length=3), ValueError, r"`num_sink_tokens`.*\(3\).*got 4"),
-        (dict(use_cache=False), ValueError, "`use_cache` must not be False"),
-        (dict(generation_config=GenerationConfig(use_cache=False)), ValueError, "`use_cache` must not be False"),
-        (dict(cache_implementation="static"), ValueError, "`cache_implementation`.*'static'"),
-        (dict(generation_config=GenerationConfig(cache_implementation="static")), ValueError, "`cache_implementation`"),
-        (dict(past_key_values=DynamicCache()), TypeError, "`past_key_values` must be.*DynamicCache"),
-        (dict(past_key_values=((torch.zeros(1),),)), TypeError, "`past_key_values` must be.*tuple"),
-        (dict(past_key_values=SinkCache(32, 4), window_length=16), ValueError, "`window_length` is 16.*made with 32"),
-        (dict(past_key_values=SinkCache(32, 4), num_sink_tokens=2), ValueError, "`num_sink_tokens` is 2.*made with 4"),
-        (dict(prompt_lookup_num_tokens=3), ValueError, "`prompt_lookup_num_tokens`"),
-        (dict(assistant_model=object()), ValueError, "`assistant_model`"),
-        (dict(penalty_alpha=0.6, top_k=4), ValueError, "`penalty_alpha`"),
-        (dict(position_ids=torch.arange(5)[None]), ValueError, "`position_ids` must not be given"),
-        (dict(prefill_chunk_size=0), ValueError, "`prefill_chunk_size` must be an int of at least 1, got 0"),
-    ],
-    ids=str,
+    "arguments, error, message", ARGUMENTS, ids=["-".join(arguments) for arguments, *_ in ARGUMENTS]
 )
 def test_arguments(arguments, error, message):
     model = small_model()
@@ -225,6 +226,60 @@ def test_models(build, reason):
     with pytest.raises(ValueError, match=f"`model`.*can't be streamed.*{reason}"):
         generate(model, input_ids=prompt(5), max_new_tokens=5)
     assert passes in ([], [1], [1, 1])  # at most the two that read the rotation, of single tokens
+
+
+# --- a model called by itself, where the cache sees neither mask nor positions
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    return dict(input_ids=prompt(5, rows=2) * mask, attention_mask=mask)
+
+
+@pytest.mark.parametrize("inputs", [left_padded(), dict(input_ids=prompt(5, rows=2))], ids=["padded", "not padded"])
+def test_a_batch_that_must_evict_with_its_mask_unseen(inputs):
+    model = small_model()
+    cache = SinkCache(16, 4).bind(model)
+    settings = dict(do_sample=False, past_key_values=cache)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, **settings), expected)  # that fills the window
+    cache.reset()
+    with pytest.raises(ValueError, match="can't see whether any of these 2 rows is padded.*prepare_inputs"):
+        model.generate(**inputs, max_new_tokens=13, **settings)
+
+
+def test_rows_that_were_padded_go_on_prepared_only():
+    model = small_model()
+    cache = generate(model, 16, 4, **left_padded(), max_new_tokens=5, return_dict_in_generate=True).past_key_values
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="its rows were padded.*prepare_inputs"):
+            model(input_ids=prompt(1, rows=2), past_key_values=cache)
+        model(**cache.prepare_inputs(prompt(1, rows=2)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((prompt(1, rows=3),), "holds a batch of 2, got one of 3"),
+        ((prompt(1, rows=2), torch.ones(2, 1)), r"`attention_mask` must be \[2, 6\], for 5 tokens.*got \[2, 1\]"),
+        ((prompt(1, rows=2), torch.ones(2, 6)), "began after"),
+    ],
+    ids=["another batch", "a mask of the new tokens only", "other padding"],
+)
+def test_inputs_that_do_not_continue_a_prepared_loop(arguments, message):
+    model = small_model()
+    cache = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        model(**cache.prepare_inputs(**left_padded()))
+    with pytest.raises(ValueError, match=message):
+        cache.prepare_inputs(*arguments)
+    assert cache.get_seq_length() == 5
+
+
+def test_an_unbound_cache_prepares_nothing():
+    with pytest.raises(ValueError, match=r"must be bound first.*`cache.bind\(model\)`"):
+        SinkCache(16, 4).prepare_inputs(prompt(1))
 
 
 def test_an_encoder_decoder():

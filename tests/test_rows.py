@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import difference, prompt, small_model
 
-from custom_generate.generate import generate
+from custom_generate.generate import SinkCache, generate
 
 
 def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,6 +81,27 @@ def test_rows_keep_their_own_count_when_the_batch_is_rearranged():
             **settings,
         )
         assert torch.equal(rest.sequences, straight[rows])
+
+
+@pytest.mark.parametrize("updates", [[10, *[1] * 42], [12, 1, 4, 4, *[1] * 31]], ids=["one by one", "several"])
+def test_padded_rows_in_a_prepared_loop(updates):
+    model = small_model(max_position_embeddings=20)
+    rows = [prompt(length + 40, seed=length) for length in (3, 12)]
+    inputs = left_padded(rows)
+    both = SinkCache(16, 4).bind(model)
+    logits, seen = [], 0
+    with torch.no_grad():
+        for ids in inputs["input_ids"].split(updates, dim=1):
+            seen += ids.shape[1]
+            logits.append(model(**both.prepare_inputs(ids, inputs["attention_mask"][:, :seen])).logits)
+        for row, ids in enumerate(rows):
+            alone, first = SinkCache(16, 4).bind(model), 52 - ids.shape[1]
+            expected = []
+            for start, length in zip(torch.tensor(updates).cumsum(0) - torch.tensor(updates), updates):
+                part = inputs["input_ids"][row, None, max(int(start), first) : int(start) + length]
+                if part.shape[1] > 0:
+                    expected.append(model(**alone.prepare_inputs(part)).logits[0])
+            assert difference(torch.cat(logits, dim=1)[row, first:], torch.cat(expected)) < 1e-5
 
 
 def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
