@@ -1,12 +1,22 @@
+# ruff: noqa: E402
 import os
 import tempfile
 
-# Before transformers is imported: nothing is asked of the Hub, and code that it copies does not mix with the user's.
+from hub import Hub
+
+# Before transformers is imported: the Hub that it asks is this one, and what it downloads does not mix with the user's.
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sink-cache-tests-")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_TOKEN"] = "hf_loopback"
+
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import transformers
+from helpers import ROOT, small_model, small_tokenizer
 from real_model import load_real_model
 
 transformers.logging.set_verbosity_error()
@@ -21,3 +31,35 @@ def pytest_report_header() -> str:
 def real_model():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     return load_real_model()
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """The Hub on the loopback address, with this repository as org/sink_cache, and nothing asked of it yet."""
+    if "org/sink_cache" not in HUB.repositories:
+        HUB.commit_folder("org/sink_cache", ROOT / "custom_generate", inside="custom_generate")
+    HUB.requests.clear()
+    return HUB
+
+
+@pytest.fixture(scope="session")
+def carrier(tmp_path_factory) -> Path:
+    """A model repository that carries `custom_generate/` and names its window, in a folder and as org/carrier.
+
+    Its model says nothing but lower-case letters.
+    """
+    folder = tmp_path_factory.mktemp("model") / "carrier"
+    tokenizer = small_tokenizer()
+    words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    small_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.GenerationConfig(
+        window_length=16,
+        num_sink_tokens=4,
+        bos_token_id=1,
+        pad_token_id=0,
+        suppress_tokens=[token for token, word in enumerate(words) if not re.fullmatch("[a-z]+", word)],
+    ).save_pretrained(folder)
+    shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
+    HUB.commit_folder("org/carrier", folder)
+    return folder

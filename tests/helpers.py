@@ -1,6 +1,7 @@
 """What the tests share: the oracle, small random models, the release at hand."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Optional
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +103,34 @@ def small_model(config="llama", attn_implementation: str = "sdpa", **settings) -
         elif name.endswith(("q_norm.weight", "k_norm.weight")):  # these undo the scale of the projections
             parameter.data *= 1.5
     return model
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 tokens, with a chat template."""
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    template = (
+        "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def loadable(folder: Path) -> str:
+    """`folder` for `custom_generate=`: 4.52 copies its file only if there is a place for it (transformers #38916)."""
+    if RELEASE < Version("4.53"):
+        place = Path(os.environ["HF_HOME"]) / "modules/transformers_modules" / folder.name / "custom_generate"
+        place.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 @contextlib.contextmanager

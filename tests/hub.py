@@ -36,10 +36,12 @@ class Hub:
         commits.append((hashlib.sha1(repr((len(commits), sorted(files.items()))).encode()).hexdigest(), files))
         return commits[-1][0]
 
-    def commit_folder(self, repo: str, folder: Path) -> str:
-        """Commit all files in `folder`."""
+    def commit_folder(self, repo: str, folder: Path, inside: str = "") -> str:
+        """Commit the files of `folder`, as a folder `inside` of the repository if named."""
         paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        return self.commit(repo, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+        return self.commit(
+            repo, {(Path(inside) / path.relative_to(folder)).as_posix(): path.read_bytes() for path in paths}
+        )
 
     def at(self, repo: str, revision: str) -> Optional[tuple[str, dict[str, bytes]]]:
         """The commit hash and files of `repo` at `revision`, a hash or "main"."""

@@ -1,15 +1,11 @@
 """`generate` with a sink cache is `model.generate` in all but what it forgets."""
 
-import os
-import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import RELEASE, ROOT, prompt, seeded, small_model
-from packaging.version import Version
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
+from helpers import prompt, seeded, small_model
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import SinkCache, generate
@@ -294,37 +290,3 @@ def test_threads_generate_on_one_model():
     assert_unchanged(model, before)
     for got, expected in zip(together, alone):
         assert torch.equal(got, expected)
-
-
-# --- loaded by transformers
-
-
-def loadable(folder: Path) -> str:
-    """`folder` for `custom_generate=`: 4.52 copies its file only if there is a place for it (transformers #38916)."""
-    if RELEASE < Version("4.53"):
-        place = Path(os.environ["HF_HOME"]) / "modules/transformers_modules" / folder.name / "custom_generate"
-        place.mkdir(parents=True, exist_ok=True)
-    return str(folder)
-
-
-def test_through_custom_generate():
-    model = small_model()
-    arguments = dict(input_ids=prompt(5), window_length=16, num_sink_tokens=4, max_new_tokens=60, do_sample=False)
-    output = model.generate(
-        **arguments, custom_generate=loadable(ROOT), trust_remote_code=True, return_dict_in_generate=True
-    )
-    assert torch.equal(output.sequences, tokens(model, **arguments))
-    assert type(output.past_key_values).__name__ == "SinkCache"
-    # A cache made by this module's class goes on in the class that transformers loaded, and the other way round.
-    again = tokens(model, input_ids=output.sequences, past_key_values=output.past_key_values, max_new_tokens=5)
-    assert again.shape == (1, 70)
-
-
-def test_a_model_repository_that_carries_it(tmp_path):
-    model = small_model()
-    folder = tmp_path / "carrier"
-    model.save_pretrained(folder)
-    shutil.copytree(ROOT / "custom_generate", folder / "custom_generate")
-    carrier = AutoModelForCausalLM.from_pretrained(loadable(folder), trust_remote_code=True)
-    arguments = dict(input_ids=prompt(5), window_length=16, num_sink_tokens=4, max_new_tokens=60, do_sample=False)
-    assert torch.equal(carrier.generate(**arguments), tokens(model, **arguments))

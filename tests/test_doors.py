@@ -1,0 +1,194 @@
+"""Every way that transformers offers into `generate` leads to the same tokens."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, loadable, prompt, seeded, small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+from custom_generate.generate import SinkCache, generate
+
+CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=60, do_sample=False)
+
+
+@pytest.fixture
+def model():
+    return small_model(vocab_size=300)
+
+
+@pytest.fixture
+def expected(model):
+    """The tokens of the call through the local folder."""
+    return through_the_folder(model, prompt(5))
+
+
+def through_the_folder(model, input_ids, **settings) -> torch.Tensor:
+    return model.generate(
+        input_ids=input_ids, custom_generate=loadable(ROOT), trust_remote_code=True, **{**CALL, **settings}
+    )
+
+
+# --- custom_generate="org/sink_cache"
+
+
+def test_a_hub_id_downloads_once(hub, model, expected):
+    call = dict(input_ids=prompt(5), custom_generate="org/sink_cache", trust_remote_code=True, **CALL)
+    assert torch.equal(model.generate(**call), expected)
+    assert "GET /org/sink_cache/resolve/main/custom_generate/generate.py" in hub.requests
+    hub.requests.clear()
+    assert torch.equal(model.generate(**call), expected)
+    assert hub.requests and not [request for request in hub.requests if not request.startswith("HEAD ")]
+
+
+def test_a_hub_id_with_a_revision(hub, model):
+    source = (ROOT / "custom_generate/generate.py").read_bytes()
+    pinned, newest = (
+        hub.commit("org/pinned", {"custom_generate/generate.py": source.replace(b"window_length: int = 256", default)})
+        for default in (b"window_length: int = 17", b"window_length: int = 23")
+    )
+    for revision, window_length in ((pinned, 17), (newest, 23), ("main", 23)):
+        output = model.generate(
+            prompt(5),
+            custom_generate="org/pinned",
+            trust_remote_code=True,
+            revision=revision,
+            max_new_tokens=60,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert output.past_key_values.window_length == window_length
+        assert torch.equal(output.sequences, through_the_folder(model, prompt(5), window_length=window_length))
+
+
+def test_a_hub_id_that_is_not_trusted(hub, model):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        model.generate(prompt(5), custom_generate="org/sink_cache", trust_remote_code=False, **CALL)
+    assert "GET /org/sink_cache/resolve/main/custom_generate/generate.py" not in hub.requests
+
+
+# --- a folder
+
+
+def test_a_folder_under_another_name(model, expected, tmp_path):
+    shutil.copytree(ROOT / "custom_generate", tmp_path / "clone/custom_generate")
+    call = dict(input_ids=prompt(5), custom_generate=loadable(tmp_path / "clone"), trust_remote_code=True, **CALL)
+    assert torch.equal(model.generate(**call), expected)
+
+
+def test_the_folder_that_one_is_in(model, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    call = dict(input_ids=prompt(5), custom_generate=loadable(Path(".")), trust_remote_code=True, **CALL)
+    assert torch.equal(model.generate(**call), expected)
+
+
+def test_classes_of_two_doors_know_each_other(model, expected):
+    # A cache made by this module's class goes on in the class that transformers loaded, and the other way round.
+    cache = SinkCache(16, 4)
+    settings = dict(return_dict_in_generate=True, past_key_values=cache, window_length=None, num_sink_tokens=None)
+    output = through_the_folder(model, prompt(5), max_new_tokens=30, **settings)
+    assert output.past_key_values is cache
+    loaded = through_the_folder(model, prompt(5), max_new_tokens=30, return_dict_in_generate=True).past_key_values
+    assert type(loaded).__name__ == "SinkCache" and not isinstance(loaded, SinkCache)
+    for past_key_values in (cache, loaded):
+        rest = generate(
+            model,
+            input_ids=output.sequences,
+            attention_mask=torch.ones_like(output.sequences),  # a random model may well say the pad token
+            past_key_values=past_key_values,
+            max_new_tokens=30,
+            do_sample=False,
+        )
+        assert torch.equal(rest, expected)
+
+
+# --- a model repository of one's own, which carries the folder
+
+
+@pytest.mark.parametrize("door", ["folder", "hub"])
+def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
+    name = loadable(carrier) if door == "folder" else "org/carrier"
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    expected = through_the_folder(AutoModelForCausalLM.from_pretrained(carrier), prompt(5))
+    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    assert torch.equal(model.generate(**call), expected)
+    assert torch.equal(copy.deepcopy(model).generate(**call), expected)
+    assert not torch.equal(model.generate(**call, window_length=64), expected)
+    # Saved, it is a model like any other; with the folder beside its weights it streams again.
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(carrier / "custom_generate", tmp_path / "saved/custom_generate", dirs_exist_ok=True)
+    again = AutoModelForCausalLM.from_pretrained(loadable(tmp_path / "saved"), trust_remote_code=True)
+    assert torch.equal(again.generate(**call), expected)
+
+
+# --- pipeline
+
+
+@pytest.mark.parametrize("door", ["custom_generate", "carrier"])
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_a_pipeline(chat, door, carrier, hub):
+    if door == "carrier":
+        generator = pipeline("text-generation", loadable(carrier), trust_remote_code=True)
+        call = {}
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(carrier)
+        generator = pipeline("text-generation", AutoModelForCausalLM.from_pretrained(carrier), tokenizer=tokenizer)
+        call = dict(custom_generate="org/sink_cache", trust_remote_code=True, window_length=16, num_sink_tokens=4)
+    tokenizer, prompt = generator.tokenizer, "It was a dark night, and the lamp"
+    messages = [{"role": "system", "content": "Tell a story."}, {"role": "user", "content": prompt}]
+    inputs = tokenizer(prompt, return_tensors="pt").input_ids
+    if chat:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+    text = generator(messages if chat else prompt, max_new_tokens=60, do_sample=False, return_full_text=False, **call)
+    plain = AutoModelForCausalLM.from_pretrained(carrier)
+    expected = through_the_folder(plain, inputs)[0, inputs.shape[1] :]
+    assert text[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+# --- defaults from a file
+
+
+def test_a_window_from_a_generation_config(model, expected):
+    settings = dict(max_new_tokens=60, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(window_length=16, num_sink_tokens=4, **settings)
+    assert torch.equal(generate(model, input_ids=prompt(5), generation_config=config), expected)
+    # An argument wins over a configuration that is handed over, and that over the model's own.
+    model.generation_config.window_length, model.generation_config.num_sink_tokens = 32, 2
+    assert torch.equal(generate(model, input_ids=prompt(5), generation_config=config), expected)
+    config.window_length = 64
+    call = dict(input_ids=prompt(5), generation_config=config)
+    assert torch.equal(generate(model, window_length=16, **call), expected)
+    assert not torch.equal(generate(model, **call), expected)
+    # A cache has its window already.
+    assert torch.equal(generate(model, past_key_values=SinkCache(16, 4), **call), expected)
+
+
+def test_a_window_from_a_file_that_is_no_number(model):
+    model.generation_config.window_length = "16"
+    with pytest.raises(TypeError, match="`window_length` must be an int.*'16'"):
+        generate(model, input_ids=prompt(5))
+
+
+# --- a bound cache, without `custom_generate`
+
+
+def test_plain_generate_with_a_bound_cache(model, expected):
+    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    assert torch.equal(model.generate(past_key_values=SinkCache(16, 4).bind(model), **call), expected)
+    call |= dict(do_sample=True)
+    with seeded():
+        sampled = model.generate(past_key_values=SinkCache(16, 4).bind(model), **call)
+    with seeded():
+        assert torch.equal(sampled, through_the_folder(model, prompt(5), do_sample=True))
+
+
+def test_plain_generate_goes_on_in_a_bound_cache(model, expected):
+    cache = SinkCache(16, 4).bind(model)
+    call = dict(past_key_values=cache, max_new_tokens=30, do_sample=False)
+    first = model.generate(prompt(5), **call)
+    # With a mask: a random model may well say the pad token, which transformers would take for padding.
+    assert torch.equal(model.generate(first, attention_mask=torch.ones_like(first), **call), expected)

@@ -1,0 +1,45 @@
+"""What is pushed to the Hub is what users need, and generates from there."""
+
+import shutil
+import subprocess
+import sys
+
+import torch
+from helpers import ROOT, loadable, prompt, small_model
+
+NEEDED = ["LICENSE", "README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+
+
+def push(*arguments: str, root=ROOT) -> str:
+    return subprocess.check_output([sys.executable, root / "tools/push.py", *arguments], text=True)
+
+
+def test_a_dry_run_lists_and_sends_nothing(hub):
+    listed = push("org/pushed", "--dry-run").splitlines()
+    assert sorted(line.split()[1] for line in listed) == NEEDED
+    assert hub.requests == [] and "org/pushed" not in hub.repositories
+
+
+def test_pictures_go_with_the_readme(tmp_path):
+    for path in ["tools/push.py", *NEEDED]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    for picture in ("ring.png", "plots/speed.svg", "unused.png"):
+        (tmp_path / picture).parent.mkdir(exist_ok=True)
+        (tmp_path / picture).write_bytes(b"a picture")
+    with (tmp_path / "README.md").open("a") as readme:
+        readme.write('![The ring](ring.png) <img width="100" src="plots/speed.svg"> ![](https://example.com/badge.svg)')
+    listed = push("org/pushed", "--dry-run", root=tmp_path).splitlines()
+    assert sorted(line.split()[1] for line in listed) == sorted([*NEEDED, "ring.png", "plots/speed.svg"])
+
+
+def test_what_was_pushed_is_generated_from(hub):
+    push("org/pushed")
+    files = hub.at("org/pushed", "main")[1]
+    assert sorted(files) == NEEDED
+    assert b'custom_generate="org/pushed"' in files["README.md"] and b"org/sink_cache" not in files["README.md"]
+    call = dict(inputs=prompt(5), trust_remote_code=True, window_length=16, max_new_tokens=60, do_sample=False)
+    expected = small_model().generate(custom_generate=loadable(ROOT), **call)
+    assert torch.equal(small_model().generate(custom_generate="org/pushed", **call), expected)
+    push("org/pushed")  # a second time, to a repository that is there
+    assert sorted(hub.at("org/pushed", "main")[1]) == NEEDED
