@@ -803,7 +803,9 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
         if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
             return inputs
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
-            inputs = _cut(inputs, slice(cache.get_seq_length(), None)) | {"past_key_values": cache}
+            columns = input_ids if kwargs.get("attention_mask") is None else kwargs["attention_mask"]
+            new = columns.shape[1] - cache.get_seq_length()
+            inputs = _cut(inputs, slice(-new, None)) | {"past_key_values": cache}
         if not begun:
             _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
             begun = True

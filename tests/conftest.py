@@ -44,7 +44,7 @@ def hub() -> Hub:
 
 @pytest.fixture(scope="session")
 def carrier(tmp_path_factory) -> Path:
-    """A model repository that carries `custom_generate/` and names its window, in a folder and as org/carrier.
+    """A model repository that carries `custom_generate/` and names its window, in a folder and as you/my_model.
 
     Its model says nothing but lower-case letters.
     """
@@ -61,5 +61,5 @@ def carrier(tmp_path_factory) -> Path:
         suppress_tokens=[token for token, word in enumerate(words) if not re.fullmatch("[a-z]+", word)],
     ).save_pretrained(folder)
     shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
-    HUB.commit_folder("org/carrier", folder)
+    HUB.commit_folder("you/my_model", folder)
     return folder

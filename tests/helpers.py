@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -121,8 +122,19 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+        model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def readme_snippets(language: str) -> list[str]:
+    """The README's blocks of code in this language ("" for what is typed into a shell), in order."""
+    readme = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
 
 
 def loadable(folder: Path) -> str:

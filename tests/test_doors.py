@@ -35,9 +35,10 @@ def through_the_folder(model, input_ids, **settings) -> torch.Tensor:
 
 
 def test_a_hub_id_downloads_once(hub, model, expected):
-    call = dict(input_ids=prompt(5), custom_generate="org/sink_cache", trust_remote_code=True, **CALL)
+    hub.commit_folder("org/fresh", ROOT / "custom_generate", inside="custom_generate")
+    call = dict(input_ids=prompt(5), custom_generate="org/fresh", trust_remote_code=True, **CALL)
     assert torch.equal(model.generate(**call), expected)
-    assert "GET /org/sink_cache/resolve/main/custom_generate/generate.py" in hub.requests
+    assert "GET /org/fresh/resolve/main/custom_generate/generate.py" in hub.requests
     hub.requests.clear()
     assert torch.equal(model.generate(**call), expected)
     assert hub.requests and not [request for request in hub.requests if not request.startswith("HEAD ")]
@@ -64,9 +65,10 @@ def test_a_hub_id_with_a_revision(hub, model):
 
 
 def test_a_hub_id_that_is_not_trusted(hub, model):
+    hub.commit_folder("org/stranger", ROOT / "custom_generate", inside="custom_generate")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        model.generate(prompt(5), custom_generate="org/sink_cache", trust_remote_code=False, **CALL)
-    assert "GET /org/sink_cache/resolve/main/custom_generate/generate.py" not in hub.requests
+        model.generate(prompt(5), custom_generate="org/stranger", trust_remote_code=False, **CALL)
+    assert not [request for request in hub.requests if request.startswith("GET ")]
 
 
 # --- a folder
@@ -109,7 +111,7 @@ def test_classes_of_two_doors_know_each_other(model, expected):
 
 @pytest.mark.parametrize("door", ["folder", "hub"])
 def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
-    name = loadable(carrier) if door == "folder" else "org/carrier"
+    name = loadable(carrier) if door == "folder" else "you/my_model"
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     expected = through_the_folder(AutoModelForCausalLM.from_pretrained(carrier), prompt(5))
     call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import RELEASE, ROOT, loadable
+from helpers import RELEASE, ROOT, loadable, readme_snippets
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,8 +20,14 @@ pytestmark = [
     pytest.mark.skipif(RELEASE < Version("5.23"), reason="`transformers serve` and `chat` are tried on 5.23.0 only"),
 ]
 
-TRANSFORMERS = Path(sys.executable).with_name("transformers")
 TURNS = ["It was a dark night, and the lamp", "And then?", "Go on, what did the keeper do?"]
+
+
+def readme_command(start: str, url: str) -> list[str]:
+    """The README's command that starts so, for a server at `url`."""
+    command = next(snippet for snippet in readme_snippets("") if snippet.startswith(start))
+    program, *arguments = shlex.split(command.replace("http://localhost:8000", url))
+    return [str(Path(sys.executable).with_name(program)), *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     url = f"http://localhost:{port}"
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [TRANSFORMERS, "serve", "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    command = [*readme_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 120
         while True:
@@ -72,7 +79,7 @@ def test_the_openai_client(stream, server, answer):
     messages, client = [], OpenAI(base_url=f"{server}/v1", api_key="none")
     for turn in TURNS:
         messages.append({"role": "user", "content": turn})
-        call = dict(model="org/carrier", messages=messages, max_tokens=60, temperature=0, stream=stream)
+        call = dict(model="you/my_model", messages=messages, max_tokens=60, temperature=0, stream=stream)
         response = client.chat.completions.create(**call)
         if stream:
             chunks = [chunk.choices[0].delta.content or "" for chunk in response]
@@ -91,7 +98,7 @@ def test_transformers_chat(server, answer, carrier, tmp_path):
     settings = json.loads((carrier / "generation_config.json").read_text())
     own = {name: settings[name] for name in ("bos_token_id", "pad_token_id", "suppress_tokens")}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    command = [TRANSFORMERS, "chat", "org/carrier", f"{server}/v1", "max_new_tokens=60", "do_sample=False"]
+    command = [*readme_command("transformers chat", server), "max_new_tokens=60", "do_sample=False"]
     command += ["--generation-config", tmp_path / "own.json"]
     lines = [line for turn in TURNS for line in (turn, "n")] + ["!exit"]  # no, don't go on after 60 tokens
     chat = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)

@@ -1,0 +1,48 @@
+"""What the README says to run, runs as it stands there, with a tiny model behind the real one's name."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, loadable, prompt, readme_snippets, small_model, small_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+pytestmark = pytest.mark.slow  # test_serve.py runs the commands of its section; `make test` is what runs this
+
+
+def test_python_and_settings(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = small_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40_960)
+    small_model("qwen3", **sizes).save_pretrained("qwen")
+    tokenizer.save_pretrained("qwen")
+    GenerationConfig(bos_token_id=1, pad_token_id=0).save_pretrained("qwen")
+    hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
+    my_model = loadable(Path("my_model"))
+
+    names: dict = {}
+    for snippet in readme_snippets("python"):
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert "HEAD /org/sink_cache/resolve/main/custom_generate/generate.py" in hub.requests
+    assert names["story"][0]["generated_text"][-1]["role"] == "assistant"
+    assert names["logits"].isfinite().all()
+
+    (settings,) = readme_snippets("json")
+    file = Path(my_model, "generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **json.loads(settings)}))
+    streaming = AutoModelForCausalLM.from_pretrained(my_model, trust_remote_code=True)
+    output = streaming.generate(input_ids=prompt(5), max_new_tokens=5, return_dict_in_generate=True)
+    assert output.past_key_values.window_length == json.loads(settings)["window_length"]
+
+
+def test_the_demo():
+    # What `make demo` runs, but shorter.
+    loadable(ROOT)
+    demo = [sys.executable, ROOT / "examples/story.py", "--window-length", "32", "--max-new-tokens", "40"]
+    shown = subprocess.check_output(demo, text=True)
+    figures = dict(re.findall(r"^(\w.*?) {2,}([\d,]+)$", shown, flags=re.MULTILINE))
+    assert figures["tokens generated"] == "40" and figures["tokens kept"] == "32"
+    assert figures["cache bytes at window's filling"] == figures["cache bytes at the end"]
