@@ -41,10 +41,9 @@ def test_100_000_evictions_in_bfloat16(capsys):
     worst, looks, shifts_back = 0.0, 0, 0
     for token in range(total):
         offset = cache.offsets[0]
-        cache.bound_positions(1)
+        made_at[token] = cache.prepare_inputs(torch.tensor([[1]]))["position_ids"]
         shifted_back = cache.offsets[0] != offset
         shifts_back += shifted_back
-        made_at[token] = token - cache.offsets[0]
         made[token] = turned(raw[None, token], made_at[None, token], frequencies)[0]
         cache.update(made[None, None, None, token], made[None, None, None, token], 0)
         if token < WINDOW or not (shifted_back or token % 10_000 == 0 or token == total - 1):
