@@ -12,11 +12,15 @@ Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the
 import copy
 import functools
 import inspect
+import json
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -59,6 +63,12 @@ def _cached_keys(cache: DynamicCache) -> list[torch.Tensor]:
     if MASKS_FOLLOW_THE_CACHE:
         return [layer.keys for layer in cache.layers]
     return cache.key_cache
+
+
+def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
+    """Set right which columns come next: until 5.3 `generate` counts them, wrongly where it gets new tokens only."""
+    if "cache_position" in kwargs:
+        kwargs["cache_position"] = torch.arange(start, end, device=device)
 
 
 def _query_length(sizes: "torch.Tensor | int") -> int:
@@ -115,15 +125,14 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
 
     The model is run on single tokens, once at position 0 and once `distance` positions later. A token alone attends to
     itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
-    else. Each layer gets the rotation, among those that the model's own buffers suggest, that turns the first run's
+    else. Each layer gets the rotation, among those that the model's own tensors suggest, that turns the first run's
     keys into the second's. The result is remembered for as long as the model lives.
 
     Raises:
         ValueError: `model` takes no `position_ids`, or no rotation explains its keys (learned positions).
     """
-    dtype, rotations = _rotations_read.get(model, (None, None))
-    if dtype == model.dtype:
-        return rotations
+    if model in _rotations_read and _rotations_read[model][0] == model.dtype:
+        return _rotations_read[model][1]
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -155,8 +164,14 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
             f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so its attention may "
             "depend on the order in the cache. Use a model with rotary position embeddings (RoPE)."
         )
-    _rotations_read[model] = (model.dtype, rotations)
+    _rotations_read[model] = (model.dtype, rotations, before[-1].float())
     return rotations
+
+
+def _fingerprint(model: PreTrainedModel) -> torch.Tensor:
+    """What a model is known by: its last layer's keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`."""
+    read_rotations(model)
+    return _rotations_read[model][2]
 
 
 def _keys_at(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
@@ -170,19 +185,46 @@ def _keys_at(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
 
 
 def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
-    """Every rotation of a head of `head_dim` dimensions whose frequencies may be a vector in the model's buffers."""
+    """Every rotation of a head of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
     seen: list[torch.Tensor] = []
-    for buffer in model.buffers():
-        if buffer.dim() != 1 or not buffer.is_floating_point() or not 0 < 2 * buffer.numel() <= head_dim:
-            continue
-        frequencies = buffer.detach().to("cpu", torch.float64)
-        if any(torch.equal(frequencies, other) for other in seen):
+    for frequencies in _frequencies(model):
+        if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
             continue
         seen.append(frequencies)
         for start in sorted({0, head_dim - 2 * frequencies.numel()}):
             for interleaved in (False, True):
                 for direction in (1, -1):
                     yield Rotation(direction * frequencies, start, interleaved)
+
+
+def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """What may be frequencies among the tensors that are no weights of `model`: `[pairs]`, float64 on the CPU.
+
+    That is each vector, and what each table of sines and cosines, `[positions, 2 * pairs]`, was made from.
+    """
+    for module in model.modules():
+        for tensor in [*module._buffers.values(), *vars(module).values()]:
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            if tensor.dim() == 1:
+                yield tensor.detach().to("cpu", torch.float64)
+            elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
+                first, second = tensor.detach().to("cpu", torch.float64).chunk(2, dim=1)
+                if torch.allclose(first[1] ** 2 + second[1] ** 2, torch.ones(()).double(), atol=1e-2):
+                    yield from (_unwound(torch.atan2(*table)) for table in ((first, second), (second, first)))
+
+
+def _unwound(angles: torch.Tensor) -> torch.Tensor:
+    """The frequencies of `angles` at positions 0, 1, 2, ..., known up to whole turns: `[positions, pairs]`.
+
+    Each doubling of the position halves what rounding hides, and the estimate so far tells the number of turns.
+    """
+    frequencies, position = angles[1], 2
+    while position < len(angles):
+        turns = ((frequencies * position - angles[position]) / (2 * torch.pi)).round()
+        frequencies = (angles[position] + 2 * torch.pi * turns) / position
+        position *= 2
+    return frequencies
 
 
 def _explain(
@@ -358,6 +400,8 @@ class SinkLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()  # the ring outlives any autograd graph
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.keys.device != key_states.device:  # the conversation was held elsewhere
+            self._replace(lambda states: states.to(key_states.device))
         self._move_sinks(step)
         keys, values = key_states, value_states
         if step.length > 1 and max(step.kept) > 0:
@@ -396,11 +440,14 @@ class SinkLayer(CacheLayerMixin):
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Make row `i` of the batch what row `index[i]` was."""
-        for name in ("keys", "values", "sinks"):
-            if (buffer := getattr(self, name)) is not None:
-                setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
+        self._replace(lambda states: states.index_select(0, index.to(states.device)))
         if len(self.shifts) > 1:
             self.shifts = [self.shifts[row] for row in index.tolist()]
+
+    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `function(tensor)` in the place of each tensor held."""
+        if self.is_initialized:
+            self.keys, self.values, self.sinks = map(function, (self.keys, self.values, self.sinks))
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and padding included."""
@@ -422,6 +469,16 @@ class SinkLayer(CacheLayerMixin):
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class _ModelReference(weakref.ref):
+    """Does not keep its model alive, and is left behind when the cache goes to another process."""
+
+    def __deepcopy__(self, memo: dict) -> "_ModelReference":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 class SinkCache(Cache):
@@ -468,7 +525,8 @@ class SinkCache(Cache):
             )
         _init_cache(self)
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
-        self._model: Optional[weakref.ref] = None
+        self._model: Optional[_ModelReference] = None
+        self._fingerprint: Optional[torch.Tensor] = None  # of that model
         self.reset()
 
     def reset(self) -> None:
@@ -478,6 +536,8 @@ class SinkCache(Cache):
         self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
         self.offsets = [0]  # by how much each row's positions are lowered
         self.step: Optional[Step] = None
+        self.latest_ids: Optional[torch.Tensor] = None  # the last tokens that `generate` was passed
+        self.latest_end = 0  # the column after them
         self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
@@ -493,32 +553,37 @@ class SinkCache(Cache):
         Raises:
             ValueError: the cache is bound to another model or already holds tokens, or `model` can't be streamed.
         """
-        if self._model is not None:
-            if self._model() is not model:
-                raise ValueError(
-                    "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
-                    "nothing to this one. Use a `SinkCache` for each model."
-                )
+        bound_to = None if self._model is None else self._model()
+        if bound_to is model:
             return self
-        if self.get_seq_length() > 0:
+        if bound_to is not None:
+            raise ValueError(
+                "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean nothing to "
+                "this one. Use a `SinkCache` for each model."
+            )
+        if not self.is_bound and self.get_seq_length() > 0:
             raise ValueError(
                 f"The `SinkCache` in `past_key_values` was not bound when it took in its {self.get_seq_length()} "
                 "tokens. Call `bind(model)` before the first token, or `reset()` it."
             )
         _refuse_model(model, self.window_length)
-        rotations = read_rotations(model)
+        rotations, fingerprint = read_rotations(model), _fingerprint(model)
+        if self.is_bound:
+            _refuse_other_model(fingerprint, self._fingerprint)
+        else:
+            self.layers = [SinkLayer(self.window_length, self.num_sink_tokens, rotation) for rotation in rotations]
+        self._fingerprint = fingerprint
         # Far enough above the window that shifting back is rare; low enough that float32 is exact about angles.
         ceiling = max(4 * self.window_length, 4096)
         self._trained_length = _trained_length(model.config) or ceiling
         self._ceiling = max(self.window_length, min(ceiling, self._trained_length))
-        self.layers = [SinkLayer(self.window_length, self.num_sink_tokens, rotation) for rotation in rotations]
-        self._model = weakref.ref(model)
+        self._model = _ModelReference(model)
         return self
 
     @property
     def is_bound(self) -> bool:
-        """Whether `bind` was called."""
-        return self._model is not None
+        """Whether `bind` was called, if only in the process that this conversation comes from."""
+        return bool(self.layers)
 
     @property
     def key_cache(self) -> list[torch.Tensor]:
@@ -616,9 +681,13 @@ class SinkCache(Cache):
         if attention_mask is not None or pads is None:
             pads = _left_padding(attention_mask)
         _begin(self, batch_size, pads)
+        at_once = self._ceiling - min(start, self.num_sink_tokens)
+        if length > at_once:
+            raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         positions = torch.arange(start, start + length) - torch.tensor(self.pads)[:, None]
         inputs = {
             "input_ids": input_ids,
+            "attention_mask": None,
             "position_ids": positions.clamp(min=0).to(input_ids.device),
             "past_key_values": self,
         }
@@ -677,6 +746,8 @@ class SinkCache(Cache):
         for layer in self.layers:
             layer.select_rows(indices)
         self._unbound.select_rows(indices)
+        if self.latest_ids is not None:
+            self.latest_ids = self.latest_ids.index_select(0, indices.to(self.latest_ids.device))
         if self.pads is not None and len(self.pads) > 1:
             rows = indices.tolist()
             self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
@@ -691,9 +762,89 @@ class SinkCache(Cache):
         """The rows of the batch held, -1 if it holds nothing yet."""
         return next((keys.shape[0] for keys in self.key_cache if keys is not None), -1)
 
-    def crop(self, *args, **kwargs) -> None:
-        """Not possible: what the last tokens evicted is gone."""
-        raise ValueError("A `SinkCache` can't be cropped: the tokens that the cropped ones evicted are gone.")
+    def crop(self, max_length: int) -> None:
+        """Forget the latest tokens, as long as none was evicted: what they evicted could not come back.
+
+        Args:
+            max_length: how many columns (tokens, padding included) to keep; if negative, how many to forget.
+
+        Raises:
+            ValueError: a token was evicted, or a row would be left without one, or the cache is not bound. Nothing is
+                lost then.
+        """
+        seen = self.get_seq_length()
+        kept = max_length if max_length >= 0 else seen + max_length
+        if kept >= seen > 0:
+            return
+        pads = self.pads or [0]
+        if not self.is_bound or seen - min(pads) > self.window_length:
+            raise ValueError(
+                f"A `SinkCache` can be cropped only if bound and before its first eviction, got one with {seen} tokens "
+                f"seen and a window of {self.window_length}: what the cropped tokens evicted is gone."
+            )
+        if kept <= max(pads):
+            raise ValueError(
+                f"`max_length` must leave a token of each row, {max(pads) + 1} columns or more, got {max_length} of "
+                f"{seen}. To forget all of them, `reset()` it."
+            )
+        for layer in self.layers:
+            layer.seen = kept
+        self.step = None
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Write the conversation held to one safetensors file, from which `load` goes on in any process.
+
+        Raises:
+            ValueError: the cache is not bound, or empty.
+        """
+        if not self.is_bound or self.get_seq_length() == 0:
+            raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        tensors = {"fingerprint": self._fingerprint}
+        if self.latest_ids is not None:
+            tensors["latest_ids"] = self.latest_ids
+        for layer_idx, layer in enumerate(self.layers):
+            tensors |= {f"{name}.{layer_idx}": getattr(layer, name) for name in SAVED_TENSORS}
+        state = {name: getattr(self, name) for name in SAVED_STATE}
+        state["layers"] = [{"seen": layer.seen, "shifts": layer.shifts} for layer in self.layers]
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
+        """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
+
+        Raises:
+            ValueError: `path` is no such file, or of a conversation with another model.
+        """
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "sink_cache" not in metadata:
+                raise ValueError(f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}.")
+            state = json.loads(metadata["sink_cache"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
+        _refuse_other_model(_fingerprint(model), tensors["fingerprint"])
+        cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
+        cache.latest_ids = tensors.get("latest_ids")
+        for layer_idx, (layer, held) in enumerate(zip(cache.layers, state["layers"])):
+            layer.seen, layer.shifts, layer.is_initialized = held["seen"], held["shifts"], True
+            for name in SAVED_TENSORS:
+                setattr(layer, name, tensors[f"{name}.{layer_idx}"])
+        return cache
+
+
+def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise unless the fingerprints are the same model's, in whatever dtype."""
+    if fingerprint.shape != expected.shape or (fingerprint - expected).norm() > 0.1 * expected.norm():
+        raise ValueError(
+            "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this "
+            "one. Use the model that it was held with."
+        )
+
+
+# What `SinkCache.save` writes: of each layer, and of the cache.
+SAVED_TENSORS = ("keys", "values", "sinks")
+SAVED_STATE = ("window_length", "num_sink_tokens", "pads", "offsets", "latest_end")
 
 
 class UnboundLayers:
@@ -783,8 +934,12 @@ class UnboundLayers:
 PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "position_ids": -1, "cache_position": -1}
 
 
-def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Optional[int]) -> PreTrainedModel:
+def _streaming(
+    model: PreTrainedModel, cache: SinkCache, left_out: int, prefill_chunk_size: Optional[int], prefill_progress: bool
+) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
+
+    The ids of the call leave out the first `left_out` columns of the conversation.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
@@ -799,20 +954,24 @@ def _streaming(model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Opt
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         nonlocal begun
-        inputs = prepare(input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
-            return inputs
-        if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
-            columns = input_ids if kwargs.get("attention_mask") is None else kwargs["attention_mask"]
-            new = columns.shape[1] - cache.get_seq_length()
-            inputs = _cut(inputs, slice(-new, None)) | {"past_key_values": cache}
+            return prepare(input_ids, *args, **kwargs)
+        start, end = cache.get_seq_length(), left_out + input_ids.shape[1]
         if not begun:
             _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
+            _refuse_other_conversation(cache, input_ids, end)
             begun = True
+        cache.latest_ids, cache.latest_end = input_ids, end
+        _count_columns(kwargs, start, end, input_ids.device)
+        inputs = prepare(input_ids, *args, **kwargs)
+        if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
+            inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
         chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
-        for chunk in chunks[:-1]:
+        if len(chunks) == 1:
+            return _inputs_for_step(stand_in, cache, inputs)
+        for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
-        return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]) if len(chunks) > 1 else inputs)
+        return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
 
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
     return stand_in
@@ -834,6 +993,22 @@ def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
                 f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
                 f"{cache.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
             )
+
+
+def _refuse_other_conversation(cache: SinkCache, input_ids: torch.Tensor, end: int) -> None:
+    """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
+    if cache.latest_ids is None:
+        return
+    first, latest_first = end - input_ids.shape[1], cache.latest_end - cache.latest_ids.shape[1]
+    start, stop = max(first, latest_first), min(cache.get_seq_length(), cache.latest_end)
+    if start < stop and not torch.equal(
+        input_ids[:, start - first : stop - first],
+        cache.latest_ids[:, start - latest_first : stop - latest_first].to(input_ids.device),
+    ):
+        raise ValueError(
+            "`input_ids` must continue the conversation in `past_key_values`, but are not the tokens that the "
+            "`SinkCache` has seen. To start another one, `reset()` it."
+        )
 
 
 def _num_tokens(inputs: dict[str, Any]) -> int:
@@ -910,7 +1085,11 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
 
 
 def generate(
-    model: PreTrainedModel, window_length: Optional[int] = None, num_sink_tokens: Optional[int] = None, **kwargs
+    model: PreTrainedModel,
+    window_length: Optional[int] = None,
+    num_sink_tokens: Optional[int] = None,
+    prefill_progress: bool = False,
+    **kwargs,
 ) -> Any:
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
 
@@ -920,9 +1099,11 @@ def generate(
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
             of the sequence.
+        prefill_progress (`bool`, defaults to `False`): show a progress bar while a long prompt goes in.
         kwargs: all that `model.generate` takes. Of special meaning:
             past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
-                error. A new, unbound one is bound to `model`.
+                error. The conversation so far comes again as `input_ids`, or its new tokens only with the
+                `attention_mask` of all. A new, unbound cache is bound to `model`.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. Chunks of one token evict
                 exactly as decoding does. By default a prompt goes in at once as far as the window holds it, and what is
                 beyond in chunks of a quarter of the window: their first tokens see that much less of it.
@@ -946,17 +1127,22 @@ def generate(
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
         _refuse_cache(cache, window)
-    _refuse_seen_tokens(cache, kwargs)
+    columns, left_out = _columns(kwargs)
+    _refuse_seen_tokens(cache, columns)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     cache.bind(model)
-    stand_in = _streaming(model, cache, chunk_size)
+    stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress)
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None}
     stand_in.generation_config = _with(model.generation_config, **served)
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
-    return type(model).generate(stand_in, past_key_values=cache, **kwargs)
+    try:
+        return type(model).generate(stand_in, past_key_values=cache, **kwargs)
+    finally:
+        if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
+            cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
 
 
 def _with(config: Any, **settings) -> Any:
@@ -1005,15 +1191,25 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
-def _refuse_seen_tokens(cache: SinkCache, kwargs: dict[str, Any]) -> None:
-    """Raise if the conversation has nothing that `cache` has not seen."""
-    tokens = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
-    tokens = next((tensor for tensor in tokens if tensor is not None), None)
+def _columns(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many columns the conversation has that a call of `generate` goes on from, and how many its ids leave out."""
+    ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    given, *others = (
+        0 if tensor is None else tensor.shape[1]
+        for tensor in (ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
+    )
+    columns = max(given, *others)
+    return columns, columns - given
+
+
+def _refuse_seen_tokens(cache: SinkCache, columns: int) -> None:
+    """Raise if a conversation of so many columns has nothing that `cache` has not seen."""
     seen = cache.get_seq_length()
-    if seen and tokens is not None and tokens.shape[1] <= seen:
+    if 0 < columns <= seen:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
-            f"`past_key_values` has seen, got {tokens.shape[1]}. To start another one, `reset()` it."
+            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. To "
+            "start another one, `reset()` it."
         )
 
 

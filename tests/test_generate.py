@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
-from helpers import prompt, seeded, small_model
+import transformers
+from helpers import RELEASE, prompt, seeded, small_model
+from packaging.version import Version
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -217,6 +219,73 @@ def test_a_bound_cache_follows_its_batch():
         one_logits = model(input_ids=follow, past_key_values=one).logits
         three_logits = model(input_ids=follow.expand(3, 1), past_key_values=both).logits
     torch.testing.assert_close(three_logits, one_logits.expand(3, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_for_a_prompt():
+    model = small_model()
+    embeddings = model.get_input_embeddings()(prompt(40))
+    settings = dict(max_new_tokens=40, do_sample=False, prefill_chunk_size=1)
+    expected = generate(model, 16, 4, input_ids=prompt(40), **settings)
+    assert torch.equal(generate(model, 16, 4, inputs_embeds=embeddings, **settings), expected[:, 40:])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attentions_and_hidden_states_are_those_of_what_is_kept(rows):
+    model = small_model(attn_implementation="eager")
+    output = generate(
+        model,
+        16,
+        4,
+        input_ids=prompt(14, rows=rows),
+        max_new_tokens=10,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_attentions=True,
+        output_hidden_states=True,
+        output_scores=True,
+    )
+    assert len(output.attentions) == len(output.hidden_states) == len(output.scores) == 10
+    lengths = [(14, 14), (1, 15)] + [(1, 16)] * 8  # new tokens, and the keys that they attend to
+    for attentions, hidden_states, (length, keys) in zip(output.attentions, output.hidden_states, lengths):
+        assert [tuple(layer.shape) for layer in attentions] == [(rows, 4, length, keys)] * 3
+        assert [tuple(layer.shape) for layer in hidden_states] == [(rows, length, 64)] * 4
+        torch.testing.assert_close(attentions[0].sum(-1), torch.ones(rows, 4, length))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(do_sample=False, repetition_penalty=1.3, no_repeat_ngram_size=3),
+        dict(do_sample=True, num_return_sequences=3, top_p=0.9),
+        dict(do_sample=True, num_beams=2, num_return_sequences=2),
+        dict(do_sample=False, num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+        if RELEASE < Version("4.56")
+        else dict(do_sample=False, num_beams=4, length_penalty=2.0),
+        dict(do_sample=False, guidance_scale=1.5),
+        dict(do_sample=False, bad_words_ids=[[7], [8, 9]], suppress_tokens=[10, 11]),
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_decoding_modes_past_the_window(settings):
+    # A window that nothing leaves says what the mode does; one that is left says that the mode works there too.
+    model = small_model()
+    arguments = dict(input_ids=prompt(10, rows=2), max_new_tokens=40, min_new_tokens=40, **settings)
+    with seeded():
+        plain = model.generate(**arguments)
+    assert torch.equal(tokens(model, 64, 4, **arguments), plain)
+    assert tokens(model, 16, 4, **arguments).shape == plain.shape
+
+
+def test_progress_of_a_long_prompt_is_shown_on_demand(capfd):
+    arguments = dict(input_ids=prompt(100), max_new_tokens=2)
+    transformers.logging.enable_progress_bar()
+    try:
+        generate(small_model(), 16, 4, **arguments)
+        assert "prompt" not in capfd.readouterr().err
+        generate(small_model(), 16, 4, prefill_progress=True, **arguments)
+        assert "prompt" in capfd.readouterr().err
+    finally:
+        transformers.logging.disable_progress_bar()
 
 
 # --- nothing stays behind

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded, small_model
 from packaging.version import Version
-from transformers import Phi3Config
+from transformers import CodeGenConfig, GPTJConfig, Phi3Config
 
 from custom_generate.generate import SinkCache, generate
 
@@ -57,40 +57,48 @@ def test_every_step_while_positions_are_shifted_back(window, trained_length):
     assert difference(logits, oracle(model, tokens, *window)[2:-1]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "rope_scaling",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 128,
-        },
-    ],
-    ids=lambda scaling: scaling["rope_type"],
-)
-def test_scaled_frequencies(rope_scaling):
-    assert error(small_model(rope_scaling=rope_scaling), prompt(3), 16, 4, max_new_tokens=200) < 1e-5
+def llama(length: int, **rope_scaling):
+    return small_model(max_position_embeddings=length, rope_scaling=rope_scaling or None)
 
 
-def test_frequencies_that_change_past_the_trained_length_never_do():
-    model = small_model(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=300)
-    assert difference(logits, oracle(small_model(), tokens, 16, 4)[2:-1]) < 1e-5
+def phi3(length: int, long_factor: list[float]):
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": long_factor}
+    settings = {**SMALL, "max_position_embeddings": 4 * length, "original_max_position_embeddings": length}
+    return small_model(Phi3Config(**settings, rope_scaling=scaling))
 
 
-def test_a_model_that_would_start_over_where_its_frequencies_change():
-    # Phi-3 drops its cache there; a twin with the same frequencies for short and long says what is right.
-    def phi3(long_factor: list[float]):
-        scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": long_factor}
-        settings = {**SMALL, "max_position_embeddings": 128, "original_max_position_embeddings": 32}
-        return small_model(Phi3Config(**settings, rope_scaling=scaling))
+def with_a_table(config, length: int):
+    sizes = dict(vocab_size=211, n_embd=64, n_layer=3, n_head=4, rotary_dim=8, eos_token_id=None, pad_token_id=0)
+    return small_model(config(n_positions=length, **sizes), attn_implementation="eager")
 
-    tokens, logits = stream(phi3([2.0 + pair for pair in range(8)]), prompt(3), 16, 4, max_new_tokens=100)
-    assert difference(logits, oracle(phi3([1.0] * 8), tokens, 16, 4)[2:-1]) < 1e-5
+
+SCALED = dict(factor=4.0, original_max_position_embeddings=32)
+# A model trained to 32 tokens, and one for the oracle, which has the frequencies that the first may never give up.
+ROPE = {
+    "default": (lambda: llama(32), lambda: llama(512)),
+    "linear": (lambda: llama(32, rope_type="linear", factor=4.0), lambda: llama(512, rope_type="linear", factor=4.0)),
+    "llama3": (
+        lambda: llama(128, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED),
+        lambda: llama(512, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED),
+    ),
+    "yarn": (lambda: llama(128, rope_type="yarn", **SCALED), lambda: llama(128, rope_type="yarn", **SCALED)),
+    "dynamic, which changes": (lambda: llama(32, rope_type="dynamic", factor=2.0), lambda: llama(512)),
+    "longrope, Phi-3, which starts over": (lambda: phi3(32, [2.0] * 8), lambda: phi3(32, [1.0] * 8)),
+    "a table, GPT-J, which ends": (lambda: with_a_table(GPTJConfig, 32), lambda: with_a_table(GPTJConfig, 512)),
+    "a table, CodeGen, which ends": (lambda: with_a_table(CodeGenConfig, 32), lambda: with_a_table(CodeGenConfig, 512)),
+}
+
+
+@pytest.mark.parametrize("model, reference", ROPE.values(), ids=ROPE)
+def test_ten_times_the_trained_length(model, reference):
+    model, positions = model(), []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=330)
+    hook.remove()
+    assert 0 <= min(int(ids.min()) for ids in positions) and max(int(ids.max()) for ids in positions) < 32
+    assert difference(logits, oracle(reference(), tokens, 16, 4)[2:-1]) < 1e-5
 
 
 def test_a_model_that_slides_further_than_the_window():

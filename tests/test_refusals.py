@@ -135,13 +135,14 @@ def test_a_cache_that_took_in_tokens_unbound():
 def test_a_cache_left_in_the_middle_of_a_forward_pass():
     model = small_model()
     cache = SinkCache(16, 4)
-    generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=30)
+    first = generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=30)
+    turn = torch.cat([first, prompt(5)], dim=1)
     hook = model.model.layers[2].register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+        generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
     hook.remove()
     with pytest.raises(ValueError, match="`past_key_values` was left in the middle"):
-        generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
+        generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
     cache.reset()
     generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
 
@@ -166,10 +167,16 @@ def test_a_batch_of_another_size(rows):
     assert passes == []
 
 
-def test_cropping():
-    cache = SinkCache(16, 4).bind(small_model())
-    with pytest.raises(ValueError, match="can't be cropped"):
-        cache.crop(-1)
+@pytest.mark.parametrize("seen", [10, 34], ids=["before an eviction", "after"])
+def test_another_conversation(seen):
+    model, cache = small_model(), SinkCache(16, 4)
+    sequences = generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=seen - 4)
+    turn = torch.cat([sequences, prompt(5)], dim=1)
+    turn[0, -8] += 1  # one of the tokens that the cache has seen
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match="`input_ids` must continue the conversation in `past_key_values`"):
+        generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
+    assert passes == [] and cache.get_seq_length() == seen
 
 
 def tiny(model_type: str, **settings):

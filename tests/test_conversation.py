@@ -1,0 +1,175 @@
+"""A conversation goes on where it was: over turns, in copies, cropped, and in another process."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, difference, oracle, prompt, seeded, small_model
+
+from custom_generate.generate import SinkCache, generate
+
+
+def answer(model, cache, input_ids, max_new_tokens=20, seed=0, **kwargs):
+    """One sampled turn; prompts go in token by token, so that the oracle's window is exact."""
+    with seeded(seed):
+        return generate(
+            model,
+            input_ids=input_ids,
+            past_key_values=cache,
+            prefill_chunk_size=1,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **kwargs,
+        )
+
+
+# --- turns
+
+
+@pytest.mark.parametrize("convention", ["the whole conversation", "the new tokens, with the mask of all"])
+@pytest.mark.parametrize("prompt_length", [3, 40])
+def test_turns_are_one_stream(prompt_length, convention):
+    model, cache = small_model(), SinkCache(16, 4)
+    conversation = prompt(prompt_length)
+    for turn in range(3):
+        start, seen = conversation.shape[1], cache.get_seq_length()
+        given = conversation if convention == "the whole conversation" else conversation[:, seen:]
+        # With a mask: a random model may well say the pad token, which transformers would take for padding.
+        output = answer(model, cache, given, seed=turn, attention_mask=torch.ones_like(conversation))
+        assert torch.equal(output.sequences[:, : given.shape[1]], given)
+        conversation = torch.cat([conversation, output.sequences[:, given.shape[1] :]], dim=1)
+        assert conversation.shape[1] == start + 20
+        expected = oracle(model, conversation[0].tolist(), 16, 4)[start - 1 : -1]
+        assert difference(torch.cat(output.logits), expected) < 1e-5
+        conversation = torch.cat([conversation, prompt(7, seed=turn)], dim=1)
+
+
+def test_turns_of_padded_rows_by_their_new_tokens():
+    model, cache = small_model(), SinkCache(16, 4)
+    ids, mask = prompt(9, rows=2), torch.ones(2, 9, dtype=torch.long)
+    ids[0, :4] = mask[0, :4] = 0
+    first = answer(model, cache, ids, attention_mask=mask).sequences
+    turn = torch.cat([first, prompt(3, rows=2, seed=1)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 23, dtype=torch.long)], dim=1)
+    again = copy.deepcopy(cache)
+    whole = answer(model, cache, turn, attention_mask=mask)
+    new = answer(model, again, turn[:, again.get_seq_length() :], attention_mask=mask)
+    assert torch.equal(new.sequences[:, -20:], whole.sequences[:, -20:])
+
+
+# --- as an object
+
+
+def next_tokens(model, cache, sequences):
+    turn = torch.cat([sequences, prompt(3, rows=len(sequences), seed=9)], dim=1)
+    return generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=30, do_sample=False)
+
+
+def a_conversation(seen=40, rows=1, **settings):
+    """A model, a cache that has seen so many tokens, its tokens, and what greedy decoding says next."""
+    model, cache = small_model(**settings), SinkCache(16, 4)
+    sequences = generate(
+        model, input_ids=prompt(5, rows), past_key_values=cache, max_new_tokens=seen - 4, do_sample=False
+    )
+    return model, cache, sequences, next_tokens(model, copy.deepcopy(cache), sequences)
+
+
+@pytest.mark.parametrize("seen", [10, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copied_pickled_and_saved(seen, dtype, tmp_path):
+    model, cache, sequences, expected = a_conversation(seen, rows=2, max_position_embeddings=20)
+    model = model.to(dtype)
+    cache = SinkCache(16, 4)
+    generate(model, input_ids=sequences[:, :-1], past_key_values=cache, max_new_tokens=1)
+    expected = next_tokens(model, copy.deepcopy(cache), sequences)
+    cache.save(tmp_path / "conversation.safetensors")
+    copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    for other in (*copies, SinkCache.load(tmp_path / "conversation.safetensors", model), cache):
+        assert torch.equal(next_tokens(model, other, sequences), expected)
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_on_in_another_process(tmp_path):
+    model, cache, sequences, expected = a_conversation()
+    model.save_pretrained(tmp_path)
+    cache.save(tmp_path / "conversation.safetensors")
+    torch.save(sequences, tmp_path / "sequences")
+    code = f"""if True:
+        import sys, torch
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from test_conversation import SinkCache, next_tokens
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+        cache = SinkCache.load({str(tmp_path / "conversation.safetensors")!r}, model)
+        print(next_tokens(model, cache, torch.load({str(tmp_path / "sequences")!r})).tolist())"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.strip().splitlines()[-1] == str(expected.tolist())
+
+
+def test_a_saved_conversation_is_of_one_model(tmp_path):
+    model, cache, *_ = a_conversation()
+    cache.save(tmp_path / "conversation.safetensors")
+    with seeded(1):
+        stranger = small_model()
+        stranger.init_weights()
+    for parameter in stranger.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    for resume in (
+        lambda: SinkCache.load(tmp_path / "conversation.safetensors", stranger),
+        lambda: pickle.loads(pickle.dumps(cache)).bind(stranger),
+    ):
+        with pytest.raises(ValueError, match="comes from a conversation with another model"):
+            resume()
+    # In another dtype it is the same model.
+    cache = SinkCache.load(tmp_path / "conversation.safetensors", model.bfloat16())
+    assert cache.get_seq_length() == 40
+
+
+def test_what_can_not_be_saved_or_loaded(tmp_path):
+    with pytest.raises(ValueError, match="Only a bound `SinkCache` that holds tokens can be saved"):
+        SinkCache(16, 4).save(tmp_path / "empty.safetensors")
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`path` must be a file that `SinkCache.save` wrote.*model.safetensors"):
+        SinkCache.load(tmp_path / "model.safetensors", model)
+
+
+def test_reset_starts_another_conversation():
+    model, cache, *_ = a_conversation()
+    cache.reset()
+    assert cache.is_bound and cache.get_seq_length() == 0
+    expected = generate(model, 16, 4, input_ids=prompt(9, seed=3), max_new_tokens=30, do_sample=False)
+    again = generate(model, input_ids=prompt(9, seed=3), past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("max_length", [9, -3, 1, 12, 40])
+def test_cropped_as_if_it_had_not_been_said(max_length):
+    model, cache, sequences, _ = a_conversation(seen=12)
+    cache.crop(max_length)
+    kept = {9: 9, -3: 9, 1: 1}.get(max_length, 12)
+    assert cache.get_seq_length() == kept
+    fresh = SinkCache(16, 4)
+    turn = torch.cat([sequences[:, :kept], prompt(20, seed=5)], dim=1)
+    settings = dict(input_ids=turn, prefill_chunk_size=1, max_new_tokens=30, do_sample=False)
+    expected = generate(model, past_key_values=fresh, **settings)
+    assert torch.equal(generate(model, past_key_values=cache, **settings), expected)
+
+
+def test_cropping_what_evicted_is_refused():
+    model, cache, sequences, expected = a_conversation(seen=17)
+    with pytest.raises(ValueError, match="before its first eviction.*17 tokens seen and a window of 16"):
+        cache.crop(-1)
+    assert torch.equal(next_tokens(model, cache, sequences), expected)  # nothing was lost
+    with pytest.raises(ValueError, match="can be cropped only if bound"):
+        SinkCache(16, 4).crop(-1)
+    _, cache, *_ = a_conversation(seen=10)
+    for max_length in (0, -10, -11):
+        with pytest.raises(ValueError, match=f"`max_length` must leave a token.*got {max_length} of 10.*`reset"):
+            cache.crop(max_length)
+    assert cache.get_seq_length() == 10

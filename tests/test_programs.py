@@ -1,0 +1,142 @@
+"""Any sequence of operations leaves in the cache what a list of tokens says that it should."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import small_model
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from custom_generate.generate import SinkCache
+
+HEAD_DIM = 16
+MODELS = {length: small_model(num_hidden_layers=1, max_position_embeddings=length) for length in (8, 11, 512)}
+
+
+def key(token: int, position: int, frequencies: torch.Tensor) -> torch.Tensor:
+    """What a model makes of a token at a position, float64 `[HEAD_DIM]`."""
+    raw = torch.randn(HEAD_DIM, generator=torch.Generator().manual_seed(token), dtype=torch.float64)
+    cos, sin = (position * frequencies).cos(), (position * frequencies).sin()
+    first, second = raw.chunk(2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin])
+
+
+class Programs(RuleBasedStateMachine):
+    """`rows` is the plain model: of each row all tokens that it was given, each a number of its own."""
+
+    @initialize(
+        window_length=strategies.integers(1, 8),
+        num_sink_tokens=strategies.integers(0, 7),
+        trained_length=strategies.sampled_from(sorted(MODELS)),
+        data=strategies.data(),
+    )
+    def begin(self, window_length, num_sink_tokens, trained_length, data):
+        self.window_length = window_length
+        self.num_sink_tokens = min(num_sink_tokens, window_length - 1)
+        self.model = MODELS[trained_length]
+        self.cache = SinkCache(self.window_length, self.num_sink_tokens).bind(self.model)
+        self.frequencies = self.model.model.rotary_emb.inv_freq.double()
+        self.tokens = iter(range(10**9))
+        self.forget(data)
+
+    @rule(data=strategies.data())
+    def forget(self, data):
+        self.cache.reset()
+        self.rows = [[] for _ in range(data.draw(strategies.integers(1, 3)))]
+        self.pads = [0] * len(self.rows)
+
+    @rule(length=strategies.integers(1, 20), data=strategies.data())
+    def update(self, length, data):
+        start, mask = self.cache.get_seq_length(), None
+        at_once = self.cache._ceiling - min(start, self.num_sink_tokens)
+        if length > at_once:
+            with pytest.raises(ValueError, match=f"at most {at_once} tokens at a time"):
+                self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long))
+            return
+        if start == 0:
+            self.pads = [data.draw(strategies.integers(0, length - 1)) for _ in self.rows]
+            columns = torch.arange(length)
+            mask = torch.stack([(columns >= pad).long() for pad in self.pads])
+        new = [[next(self.tokens) for _ in range(length - (pad if start == 0 else 0))] for pad in self.pads]
+        inputs = self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long), mask)
+        positions = inputs["position_ids"].expand(len(self.rows), -1)
+        assert 0 <= positions.min() and positions.max() < max(self.window_length, self.cache._ceiling)
+
+        keys = torch.zeros(len(self.rows), 1, length, HEAD_DIM)
+        values = torch.full((len(self.rows), 1, length, 1), -1.0)
+        for row, tokens in enumerate(new):
+            for column, token in enumerate(tokens, length - len(tokens)):
+                keys[row, 0, column] = key(token, int(positions[row, column]), self.frequencies)
+                values[row, 0, column] = token
+        keys, values = self.cache.update(keys, values, 0)
+
+        for row, tokens in enumerate(new):
+            kept = self.kept(row, len(tokens))
+            for column, sees in self.seen_by(row, tokens, keys.shape[2], length, inputs["attention_mask"]):
+                expected = kept + tokens[: column - length + len(tokens) + 1]
+                assert sorted(values[row, 0, sees, 0].tolist()) == sorted(expected)
+                for place in sees:
+                    distance = len(expected) - 1 - expected.index(int(values[row, 0, place, 0]))
+                    exact = key(int(values[row, 0, place, 0]), int(positions[row, column]) - distance, self.frequencies)
+                    assert (keys[row, 0, place].double() - exact).norm() < 1e-5 * exact.norm()
+            self.rows[row] = self.rows[row] + tokens
+
+    def kept(self, row: int, num_new: int) -> list[int]:
+        """The row's tokens that are still there once there is room for so many new ones."""
+        sinks, rest = self.rows[row][: self.num_sink_tokens], self.rows[row][self.num_sink_tokens :]
+        room = max(self.window_length - num_new - self.num_sink_tokens, 0)
+        return sinks + rest[max(len(rest) - room, 0) :]
+
+    def seen_by(self, row, tokens, num_keys, length, mask) -> Iterator[tuple[int, list[int]]]:
+        """Each new column of a row that is a token, and the places of the keys that it attends to."""
+        for column in range(length - len(tokens), length):
+            sees = torch.arange(num_keys) <= num_keys - length + column
+            if mask is not None:
+                sees = mask.expand(len(self.rows), -1, -1, -1)[row, 0, column] == 0
+            yield column, sees.nonzero().flatten().tolist()
+
+    @precondition(lambda self: self.cache.get_seq_length() > 0)
+    @rule(data=strategies.data(), how=strategies.sampled_from(["reorder", "select", "repeat"]))
+    def rearrange(self, data, how):
+        indices = data.draw(strategies.lists(strategies.integers(0, len(self.rows) - 1), min_size=1, max_size=4))
+        if how == "reorder":
+            indices = [indices[row % len(indices)] for row in range(len(self.rows))]
+            self.cache.reorder_cache(torch.tensor(indices))
+        elif how == "select":
+            self.cache.batch_select_indices(torch.tensor(indices))
+        else:
+            indices = [row for row in range(len(self.rows)) for _ in range(2)] if len(self.rows) < 3 else []
+            if not indices:
+                return
+            self.cache.batch_repeat_interleave(2)
+        self.rows, self.pads = [self.rows[row] for row in indices], [self.pads[row] for row in indices]
+
+    @precondition(lambda self: self.cache.get_seq_length() > 0)
+    @rule(forgotten=strategies.integers(1, 20))
+    def crop(self, forgotten):
+        evicted = max(map(len, self.rows)) > self.window_length
+        if evicted or min(map(len, self.rows)) <= forgotten:
+            with pytest.raises(ValueError, match="crop|`max_length` must leave a token of each row"):
+                self.cache.crop(-forgotten)
+        else:
+            self.cache.crop(-forgotten)
+            self.rows = [tokens[:-forgotten] for tokens in self.rows]
+
+    @rule(how=strategies.sampled_from(["copy", "pickle"]))
+    def replace_by_a_copy(self, how):
+        self.cache = copy.deepcopy(self.cache) if how == "copy" else pickle.loads(pickle.dumps(self.cache))
+        self.cache.bind(self.model)
+
+    @invariant()
+    def counts_agree(self):
+        columns = {len(tokens) + pad for tokens, pad in zip(self.rows, self.pads)}
+        assert self.cache.get_seq_length() in columns | {0} and len(columns) == 1
+        if self.cache.get_seq_length() > 0:
+            assert self.cache.batch_size == len(self.rows)
+
+
+TestPrograms = Programs.TestCase
+TestPrograms.settings = settings(max_examples=60, stateful_step_count=25, derandomize=True, deadline=None)
