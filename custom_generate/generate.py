@@ -200,7 +200,7 @@ def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
 def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """What may be frequencies among the tensors that are no weights of `model`: `[pairs]`, float64 on the CPU.
 
-    That is each vector, and what each table of sines and cosines, `[positions, 2 * pairs]`, was made from.
+    That is each vector, and the angles of position 1 in each table of sines and cosines, `[positions, 2 * pairs]`.
     """
     for module in model.modules():
         for tensor in [*module._buffers.values(), *vars(module).values()]:
@@ -209,22 +209,9 @@ def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
             if tensor.dim() == 1:
                 yield tensor.detach().to("cpu", torch.float64)
             elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
-                first, second = tensor.detach().to("cpu", torch.float64).chunk(2, dim=1)
-                if torch.allclose(first[1] ** 2 + second[1] ** 2, torch.ones(()).double(), atol=1e-2):
-                    yield from (_unwound(torch.atan2(*table)) for table in ((first, second), (second, first)))
-
-
-def _unwound(angles: torch.Tensor) -> torch.Tensor:
-    """The frequencies of `angles` at positions 0, 1, 2, ..., known up to whole turns: `[positions, pairs]`.
-
-    Each doubling of the position halves what rounding hides, and the estimate so far tells the number of turns.
-    """
-    frequencies, position = angles[1], 2
-    while position < len(angles):
-        turns = ((frequencies * position - angles[position]) / (2 * torch.pi)).round()
-        frequencies = (angles[position] + 2 * torch.pi * turns) / position
-        position *= 2
-    return frequencies
+                first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
+                if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
+                    yield from (torch.atan2(first, second), torch.atan2(second, first))
 
 
 def _explain(
@@ -665,7 +652,7 @@ class SinkCache(Cache):
         Raises:
             ValueError: the cache is not bound, or the arguments don't fit to what it holds.
         """
-        model = self._model() if self.is_bound else None
+        model = None if self._model is None else self._model()
         if model is None:
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."

@@ -93,6 +93,16 @@ def test_copied_pickled_and_saved(seen, dtype, tmp_path):
         assert torch.equal(next_tokens(model, other, sequences), expected)
 
 
+def test_a_copy_is_bound_and_a_pickled_cache_must_be_again():
+    model, cache, *_ = a_conversation()
+    copied, unpickled = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    with pytest.raises(ValueError, match="must be bound first"):
+        unpickled.prepare_inputs(prompt(1))
+    with torch.no_grad():
+        expected = model(**copied.prepare_inputs(prompt(1))).logits
+        assert torch.equal(model(**unpickled.bind(model).prepare_inputs(prompt(1))).logits, expected)
+
+
 @pytest.mark.slow
 def test_a_conversation_goes_on_in_another_process(tmp_path):
     model, cache, sequences, expected = a_conversation()

@@ -34,6 +34,24 @@ def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_leng
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_row_as_if_alone_in_half_precision(dtype):
+    # Up to and with the first token that is another, if one is: there, rounding decided between two.
+    model = small_model(max_position_embeddings=16).to(dtype)
+    prompts = [prompt(length, seed=row) for row, length in enumerate((3, 7, 1, 40))]
+    settings = dict(
+        max_new_tokens=60, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
+    )
+    batch = generate(model, 16, 4, **left_padded(prompts), **settings)
+    for row, ids in enumerate(prompts):
+        alone = generate(model, 16, 4, input_ids=ids, **settings)
+        others = (batch.sequences[row, -60:] != alone.sequences[0, -60:]).nonzero().flatten().tolist()
+        steps = slice(0, others[0] + 1 if others else 60)
+        logits = torch.stack(batch.logits)[:, row].float()
+        assert difference(logits[steps], torch.cat(alone.logits).float()[steps]) < 4 * torch.finfo(dtype).eps
+        assert steps.stop > 20
+
+
 def test_a_padded_prompt_that_the_window_holds_at_once():
     model = small_model()
     prompts = [prompt(length, seed=length) for length in (3, 12)]
