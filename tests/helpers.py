@@ -133,8 +133,8 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 def readme_snippets(language: str) -> list[str]:
     """The README's blocks of code in this language ("" for what is typed into a shell), in order."""
-    readme = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [code for its_language, code in blocks if its_language == language]
 
 
 def loadable(folder: Path) -> str:
