@@ -664,13 +664,11 @@ class SinkCache(Cache):
                 f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
                 f"{list(attention_mask.shape)}."
             )
-        pads = self.pads
-        if attention_mask is not None or pads is None:
-            pads = _left_padding(attention_mask)
-        _begin(self, batch_size, pads)
         at_once = self._ceiling - min(start, self.num_sink_tokens)
         if length > at_once:
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
+        pads = self.pads if start > 0 and attention_mask is None else None
+        _begin(self, batch_size, _left_padding(attention_mask) if pads is None else pads)
         positions = torch.arange(start, start + length) - torch.tensor(self.pads)[:, None]
         inputs = {
             "input_ids": input_ids,
@@ -764,7 +762,7 @@ class SinkCache(Cache):
         if kept >= seen > 0:
             return
         pads = self.pads or [0]
-        if not self.is_bound or seen - min(pads) > self.window_length:
+        if not self.is_bound or seen - min(pads) > self.window_length or any(self.offsets):
             raise ValueError(
                 f"A `SinkCache` can be cropped only if bound and before its first eviction, got one with {seen} tokens "
                 f"seen and a window of {self.window_length}: what the cropped tokens evicted is gone."

@@ -171,6 +171,21 @@ def test_cropped_as_if_it_had_not_been_said(max_length):
     assert torch.equal(generate(model, past_key_values=cache, **settings), expected)
 
 
+def test_inputs_that_were_prepared_and_not_used_change_nothing():
+    model, cache = small_model(max_position_embeddings=16), SinkCache(16, 4)
+    cache.bind(model)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="at most 16 tokens at a time"):
+        cache.prepare_inputs(prompt(17))
+    cache.prepare_inputs(prompt(5), mask)
+    assert cache.prepare_inputs(prompt(5))["position_ids"].tolist() == [[0, 1, 2, 3, 4]]  # no mask: no padding
+    with torch.no_grad():
+        model(**cache.prepare_inputs(prompt(16)))
+    cache.prepare_inputs(prompt(1))  # which shifts all keys back
+    with pytest.raises(ValueError, match="before its first eviction"):
+        cache.crop(-3)
+
+
 def test_cropping_what_evicted_is_refused():
     model, cache, sequences, expected = a_conversation(seen=17)
     with pytest.raises(ValueError, match="before its first eviction.*17 tokens seen and a window of 16"):
