@@ -58,11 +58,11 @@ def _init_cache(cache: Cache) -> None:
     cache.layers = []
 
 
-def _cached_keys(cache: DynamicCache) -> list[torch.Tensor]:
-    """Each layer's keys, `[batch, kv_heads, seq, head_dim]`."""
+def _cached(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
+    """Each layer's keys and values, `[batch, kv_heads, seq, head_dim]`."""
     if MASKS_FOLLOW_THE_CACHE:
-        return [layer.keys for layer in cache.layers]
-    return cache.key_cache
+        return [{"keys": layer.keys, "values": layer.values} for layer in cache.layers]
+    return [{"keys": keys, "values": values} for keys, values in zip(cache.key_cache, cache.value_cache)]
 
 
 def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
@@ -90,11 +90,14 @@ class Rotation:
             turns backwards.
         start: the first of the `2 * pairs` neighbouring dimensions of a head that turn.
         interleaved: whether a pair is two neighbours, or dimensions `i` and `pairs + i` of those that turn.
+        tensor: which cached tensor turns: "keys", or "values" where latent attention (arXiv:2405.04434) keeps the
+            turning part of its keys.
     """
 
     frequencies: torch.Tensor
     start: int
     interleaved: bool
+    tensor: str
 
     def cos_sin(self, distances: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for turning by `distances` positions, one a row: float32 `[rows, 1, 1, pairs]` each.
@@ -142,29 +145,33 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
     try:
-        before, after = _keys_at(model, 0), _keys_at(model, distance)
+        before, after = _cached_at(model, 0), _cached_at(model, distance)
     except Exception as error:
         raise ValueError(
             f"`model` ({name}) can't be streamed: it failed on single tokens at positions 0 and {distance}, off which "
             f"its rotation is read: {error}"
         ) from error
-    candidates = {keys.shape[-1]: list(_candidates(model, keys.shape[-1])) for keys in before}
+    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
     rotations = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
-        found, rotation = _explain(first, second, distance, candidates[first.shape[-1]])
-        if not found:
+        explanations = [
+            _explain(first[tensor], second[tensor], distance, candidates(first[tensor].shape[-1], tensor))
+            for tensor in ("keys", "values")
+        ]
+        turning = [rotation for _, rotation in explanations if rotation is not None]
+        if len(turning) > 1 or not all(found for found, _ in explanations):
             raise ValueError(
                 f"`model` ({name}) can't be streamed: the keys of its layer {layer_idx} change with their position, "
                 "but not by a rotation (learned position embeddings do this), so they can't be moved as tokens are "
                 "evicted. Use a model with rotary position embeddings (RoPE)."
             )
-        rotations.append(rotation)
+        rotations.append(turning[0] if turning else None)
     if not any(rotations):
         raise ValueError(
             f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so its attention may "
             "depend on the order in the cache. Use a model with rotary position embeddings (RoPE)."
         )
-    _rotations_read[model] = (model.dtype, rotations, before[-1].float())
+    _rotations_read[model] = (model.dtype, rotations, before[-1]["keys"].float())
     return rotations
 
 
@@ -174,18 +181,18 @@ def _fingerprint(model: PreTrainedModel) -> torch.Tensor:
     return _rotations_read[model][2]
 
 
-def _keys_at(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
-    """What each layer caches for four single tokens at `position`: keys on the CPU, `[4, kv_heads, 1, head_dim]`."""
+def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
+    """What each layer caches for four single tokens at `position`, on the CPU: `[4, kv_heads, 1, head_dim]` each."""
     embeddings = model.get_input_embeddings().weight
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
     tokens = torch.tensor([[embeddings.shape[0] * part // 8] for part in (1, 3, 5, 7)], device=embeddings.device)
     cache = DynamicCache()
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
-    return [keys.cpu() for keys in _cached_keys(cache)]
+    return [{name: states.cpu() for name, states in layer.items()} for layer in _cached(cache)]
 
 
-def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
-    """Every rotation of a head of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
+def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
+    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
     seen: list[torch.Tensor] = []
     for frequencies in _frequencies(model):
         if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
@@ -194,7 +201,7 @@ def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
         for start in sorted({0, head_dim - 2 * frequencies.numel()}):
             for interleaved in (False, True):
                 for direction in (1, -1):
-                    yield Rotation(direction * frequencies, start, interleaved)
+                    yield Rotation(direction * frequencies, start, interleaved, tensor)
 
 
 def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
@@ -361,8 +368,10 @@ class SinkLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = None
-        self.sinks: Optional[torch.Tensor] = None  # the sinks' keys as the model made them, once those in `keys` moved
-        self.shifts = [0]  # how far the sinks in `keys` were moved, each row's
+        self.sinks: Optional[torch.Tensor] = (
+            None  # what turns of them as the model made it, once that in the ring moved
+        )
+        self.shifts = [0]  # how far the sinks in the ring were moved, each row's
         self.seen = 0  # columns
         self.is_initialized = False
 
@@ -372,8 +381,13 @@ class SinkLayer(CacheLayerMixin):
             states.new_zeros(*states.shape[:2], self.window_length, states.shape[-1])
             for states in (key_states, value_states)
         )
-        self.sinks = self.keys[:, :, : self.num_sink_tokens].clone()
+        self.sinks = self._turning[:, :, : self.num_sink_tokens].clone()
         self.is_initialized = True
+
+    @property
+    def _turning(self) -> torch.Tensor:
+        """That of `keys` and `values` which turns."""
+        return self.values if self.rotation is not None and self.rotation.tensor == "values" else self.keys
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -406,7 +420,7 @@ class SinkLayer(CacheLayerMixin):
         """Put the sinks directly before the oldest token that this step attends to."""
         if self.rotation is None or self.num_sink_tokens == 0 or not (any(step.shifts) or any(self.shifts)):
             return
-        in_ring = self.keys[:, :, : self.num_sink_tokens]
+        in_ring = self._turning[:, :, : self.num_sink_tokens]
         if not all(self.shifts):  # those of some rows have not moved yet
             unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_ring.device)[:, None, None, None]
             self.sinks = torch.where(unmoved, in_ring, self.sinks)
@@ -421,7 +435,7 @@ class SinkLayer(CacheLayerMixin):
     def shift_back(self, distances: list[int]) -> None:
         """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
         if self.rotation is not None:
-            window = self.keys[:, :, self.num_sink_tokens :]
+            window = self._turning[:, :, self.num_sink_tokens :]
             cos_sin = self.rotation.cos_sin([-distance for distance in distances], window.device)
             window.copy_(self.rotation.turn(window, *cos_sin))
 

@@ -13,6 +13,7 @@ from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -86,10 +87,25 @@ SMALL = dict(
     eos_token_id=None,
     pad_token_id=0,
 )
+LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    first_k_dense_replace=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=16,
+)
 CONFIGS = {
     "llama": lambda **settings: LlamaConfig(**{**SMALL, **settings}),
     "qwen3": lambda **settings: Qwen3Config(**{**SMALL, "head_dim": 16, **settings}),
     "mistral": lambda **settings: MistralConfig(**{**SMALL, "sliding_window": None, **settings}),
+    "deepseek_v3": lambda **settings: DeepseekV3Config(**{**SMALL, **LATENT, **settings}),
 }
 
 
@@ -99,7 +115,7 @@ def small_model(config="llama", attn_implementation: str = "sdpa", **settings) -
     with seeded():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")):
             parameter.data *= 8
         elif name.endswith(("q_norm.weight", "k_norm.weight")):  # these undo the scale of the projections
             parameter.data *= 1.5

@@ -35,7 +35,7 @@ def error(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kw
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 1), (5, 4)], ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "deepseek_v3"])
 def test_every_step_far_past_the_window(architecture, window, attn_implementation):
     model = small_model(architecture, attn_implementation)
     assert error(model, prompt(3), *window, max_new_tokens=300) < 1e-5
@@ -99,6 +99,11 @@ def test_ten_times_the_trained_length(model, reference):
     hook.remove()
     assert 0 <= min(int(ids.min()) for ids in positions) and max(int(ids.max()) for ids in positions) < 32
     assert difference(logits, oracle(reference(), tokens, 16, 4)[2:-1]) < 1e-5
+
+
+def test_latent_attention_while_positions_are_shifted_back():
+    # From 5.17 at the latest, it caches what turns of its keys as values.
+    assert error(small_model("deepseek_v3", max_position_embeddings=17), prompt(3), 16, 4, max_new_tokens=300) < 1e-5
 
 
 def test_a_model_that_slides_further_than_the_window():
