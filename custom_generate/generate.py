@@ -788,6 +788,8 @@ class SinkCache(Cache):
             )
         for layer in self.layers:
             layer.seen = kept
+        if self.latest_ids is not None and self.latest_end > kept:
+            self.latest_ids, self.latest_end = self.latest_ids[:, : kept - self.latest_end], kept
         self.step = None
 
     def save(self, path: Union[str, os.PathLike]) -> None:

@@ -171,6 +171,18 @@ def test_cropped_as_if_it_had_not_been_said(max_length):
     assert torch.equal(generate(model, past_key_values=cache, **settings), expected)
 
 
+def test_what_was_cropped_is_not_asked_for_again():
+    model, cache, sequences, _ = a_conversation(seen=10)
+    cache.crop(-4)
+    said_instead = prompt(4, seed=8)
+    with torch.no_grad():
+        model(**cache.prepare_inputs(said_instead))
+    conversation = torch.cat([sequences[:, :6], said_instead, prompt(3)], dim=1)
+    settings = dict(input_ids=conversation, max_new_tokens=20, do_sample=False)
+    expected = generate(model, 16, 4, **settings)
+    assert torch.equal(generate(model, past_key_values=cache, **settings), expected)
+
+
 def test_inputs_that_were_prepared_and_not_used_change_nothing():
     model, cache = small_model(max_position_embeddings=16), SinkCache(16, 4)
     cache.bind(model)
