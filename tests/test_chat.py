@@ -66,9 +66,9 @@ def test_saved_and_loaded_in_another_process(terminal):
 def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
     chat = terminal("--max-new-tokens", "1000000")
     chat.sendline("Go on for ever.")
-    time.sleep(2)
+    time.sleep(3)
     chat.sendintr()
     chat.expect("\n?> ")
     stopped = seen(chat)
-    assert stopped > 64  # it was well in the answer
+    assert stopped > 40  # it was in the answer: the turn itself is shorter
     assert seen(chat) == stopped
