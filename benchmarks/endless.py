@@ -1,4 +1,4 @@
-"""A stream of a million tokens ends where a fresh one of its last few thousand does.
+"""A stream of a million tokens ends where a fresh one of its last few dozen does.
 
     make endless
 

@@ -118,7 +118,7 @@ class Rotation:
         return turned
 
 
-# What was read off a model, with the dtype it had then: casting a model rounds the frequencies in its buffers.
+# What was read off a model, `(dtype, rotations, fingerprint)`: casting a model rounds the frequencies in its buffers.
 _rotations_read: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
 
 
@@ -368,9 +368,8 @@ class SinkLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = None
-        self.sinks: Optional[torch.Tensor] = (
-            None  # what turns of them as the model made it, once that in the ring moved
-        )
+        # What turns of the sinks, as the model made it, once that in the ring was moved.
+        self.sinks: Optional[torch.Tensor] = None
         self.shifts = [0]  # how far the sinks in the ring were moved, each row's
         self.seen = 0  # columns
         self.is_initialized = False

@@ -66,9 +66,11 @@ class Chat:
 
     def turn(self, message: str) -> torch.Tensor:
         """The tokens that a message adds to the conversation, `[1, tokens]`."""
-        before = self.system + self.said if self.cache.get_seq_length() else self.system
+        before, start = self.system, 0
+        if self.cache.get_seq_length() > 0:
+            before = self.system + self.said
+            start = len(self.text(before))
         whole = self.text([*before, {"role": "user", "content": message}], add_generation_prompt=True)
-        start = len(self.text(before)) if before and self.cache.get_seq_length() else 0
         return self.ids(whole[start:])
 
     def answer(self, message: str) -> None:

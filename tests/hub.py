@@ -45,7 +45,9 @@ class Hub:
 
     def at(self, repo: str, revision: str) -> Optional[tuple[str, dict[str, bytes]]]:
         """The commit hash and files of `repo` at `revision`, a hash or "main"."""
-        commits = self.repositories.get(repo) or [("0" * 40, {})] if repo in self.repositories else []
+        commits = self.repositories.get(repo, [])
+        if commits == [] and repo in self.repositories:  # made, and nothing committed yet
+            commits = [("0" * 40, {})]
         return next((commit for commit in reversed(commits) if revision in ("main", commit[0])), None)
 
 
