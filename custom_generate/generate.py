@@ -12,6 +12,7 @@ Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the
 import copy
 import functools
 import inspect
+import itertools
 import json
 import os
 import weakref
@@ -40,6 +41,21 @@ MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
 # 4.52 configurations have no `layer_types`: this attribute is what marks one with layers of several kinds.
 HYBRID = "cache_implementation"
 
+# Which kinds of layers (`layer_types`) the release's own cache keeps apart, None for all that its models have; and its
+# classes for those that attend to all tokens, and for those that stay as they are in a stream: they slide, hold nothing
+# or keep a state.
+RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+CACHED_KINDS, FULL_LAYERS, KEPT_LAYERS, StateLayer = {"full_attention"}, ["DynamicLayer"], [], CacheLayerMixin
+if RELEASE >= (4, 56):
+    CACHED_KINDS |= {"sliding_attention", "chunked_attention"}
+    KEPT_LAYERS += ["DynamicSlidingWindowLayer", "DummyLayer"]
+if RELEASE >= (5, 15):  # until then models forget a state where they get several tokens at once
+    from transformers.cache_utils import LinearAttentionLayer as StateLayer
+
+    CACHED_KINDS = None
+    FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer"]
+    KEPT_LAYERS += ["LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"]
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and every release what says where on the Hub.
@@ -58,11 +74,30 @@ def _init_cache(cache: Cache) -> None:
     cache.layers = []
 
 
+def _own_cache(config: Any) -> DynamicCache:
+    """The cache that transformers gives a model; until 4.55 it knows of no kinds of layers, and has none yet."""
+    return DynamicCache(config=config) if KEPT_LAYERS else DynamicCache()
+
+
 def _cached(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
-    """Each layer's keys and values, `[batch, kv_heads, seq, head_dim]`."""
+    """Each layer's keys and values, `[batch, kv_heads, seq, head_dim]`; of a layer without, nothing."""
     if MASKS_FOLLOW_THE_CACHE:
-        return [{"keys": layer.keys, "values": layer.values} for layer in cache.layers]
-    return [{"keys": keys, "values": values} for keys, values in zip(cache.key_cache, cache.value_cache)]
+        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    else:
+        kept = zip(cache.key_cache, cache.value_cache)
+    return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
+
+
+def _own_mask(kind: str, model: PreTrainedModel, cache: Cache, attended: torch.Tensor, length: int) -> Any:
+    """The mask that transformers makes for layers of a kind, off the columns to attend to, `[batch, columns]`."""
+    make = transformers.masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+    arguments = inspect.signature(make).parameters
+    states = torch.empty(len(attended), length, 0, dtype=model.dtype, device=attended.device)
+    kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
+    if "cache_position" in arguments:  # until 5.3
+        kwargs["cache_position"] = torch.arange(attended.shape[1], device=attended.device)[-length:]
+    config = model.config.get_text_config(decoder=True)
+    return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
 
 
 def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
@@ -117,14 +152,34 @@ class Rotation:
         turned[..., turning] = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
         return turned
 
+    def turn_back(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
+        """`turn` `keys` to positions that are `distances` lower, each row's."""
+        return self.turn(keys, *self.cos_sin([-distance for distance in distances], keys.device))
 
-# What was read off a model, `(dtype, rotations, fingerprint)`: casting a model rounds the frequencies in its buffers.
-_rotations_read: "weakref.WeakKeyDictionary[PreTrainedModel, tuple]" = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What was found out about a model by running it on a few tokens.
+
+    Args:
+        dtype: the model's when it was read: casting a model rounds the frequencies in its buffers.
+        rotations: how each layer turns its keys, None for one whose keys have no position.
+        fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
+        resumes: whether it goes on from a layer's state where it gets several tokens at once.
+    """
+
+    dtype: torch.dtype
+    rotations: list[Optional[Rotation]]
+    fingerprint: torch.Tensor
+    resumes: bool
+
+
+_readings: "weakref.WeakKeyDictionary[PreTrainedModel, Reading]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
-    """Find how each layer of `model` turns its keys; None for a layer whose keys have no position.
+def read_model(model: PreTrainedModel) -> Reading:
+    """Find how each layer of `model` turns its keys, and what else a stream has to know.
 
     The model is run on single tokens, once at position 0 and once `distance` positions later. A token alone attends to
     itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
@@ -134,8 +189,8 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
     Raises:
         ValueError: `model` takes no `position_ids`, or no rotation explains its keys (learned positions).
     """
-    if model in _rotations_read and _rotations_read[model][0] == model.dtype:
-        return _rotations_read[model][1]
+    if model in _readings and _readings[model].dtype == model.dtype:
+        return _readings[model]
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -146,9 +201,10 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
+        relative = _is_relative(model, distance)
     except Exception as error:
         raise ValueError(
-            f"`model` ({name}) can't be streamed: it failed on single tokens at positions 0 and {distance}, off which "
+            f"`model` ({name}) can't be streamed: it failed on a few tokens at positions 0 and {distance}, off which "
             f"its rotation is read: {error}"
         ) from error
     candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
@@ -156,7 +212,7 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
     for layer_idx, (first, second) in enumerate(zip(before, after)):
         explanations = [
             _explain(first[tensor], second[tensor], distance, candidates(first[tensor].shape[-1], tensor))
-            for tensor in ("keys", "values")
+            for tensor in first
         ]
         turning = [rotation for _, rotation in explanations if rotation is not None]
         if len(turning) > 1 or not all(found for found, _ in explanations):
@@ -166,19 +222,20 @@ def read_rotations(model: PreTrainedModel) -> list[Optional[Rotation]]:
                 "evicted. Use a model with rotary position embeddings (RoPE)."
             )
         rotations.append(turning[0] if turning else None)
-    if not any(rotations):
+    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model)):
         raise ValueError(
-            f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so its attention may "
-            "depend on the order in the cache. Use a model with rotary position embeddings (RoPE)."
+            f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so the model knows the "
+            "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. Use a "
+            "model with rotary position embeddings (RoPE)."
         )
-    _rotations_read[model] = (model.dtype, rotations, before[-1]["keys"].float())
-    return rotations
-
-
-def _fingerprint(model: PreTrainedModel) -> torch.Tensor:
-    """What a model is known by: its last layer's keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`."""
-    read_rotations(model)
-    return _rotations_read[model][2]
+    if not relative:
+        raise ValueError(
+            f"`model` ({name}) can't be streamed: what its tokens see of each other changes when all move by the same "
+            "distance (some models scale their queries by position), and a stream moves them to keep positions bounded."
+        )
+    fingerprint = [cached for cached in before if cached][-1]["keys"].float()
+    _readings[model] = Reading(model.dtype, rotations, fingerprint, _resumes(model))
+    return _readings[model]
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
@@ -186,9 +243,78 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
     embeddings = model.get_input_embeddings().weight
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
     tokens = torch.tensor([[embeddings.shape[0] * part // 8] for part in (1, 3, 5, 7)], device=embeddings.device)
-    cache = DynamicCache()
+    cache = _own_cache(model.config)
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
     return [{name: states.cpu() for name, states in layer.items()} for layer in _cached(cache)]
+
+
+def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Four rows of `length` tokens, int64."""
+    embeddings = model.get_input_embeddings().weight
+    return torch.arange(4 * length, device=embeddings.device).view(4, length) % embeddings.shape[0]
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
+    expected, actual = expected.float().flatten(1), actual.float().flatten(1)
+    return float(((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).min())
+
+
+def _is_relative(model: PreTrainedModel, distance: int) -> bool:
+    """Whether four tokens give the same wherever they are, the last of them at position `distance` at most."""
+    if distance < 4:
+        return True
+    tokens = _some_tokens(model, 4)
+    positions = torch.arange(4, device=tokens.device).expand(4, 4)
+    here, one_on, there = (
+        model(input_ids=tokens, position_ids=positions + start, use_cache=False).logits
+        for start in (0, 1, distance - 3)
+    )
+    noise = _difference(here, one_on)  # there, everything is rounded anew
+    rounding = distance * torch.finfo(torch.float32).eps + torch.finfo(model.dtype).eps
+    return _difference(here, there) <= 4 * (noise + rounding)
+
+
+def _attends_to_a_set(model: PreTrainedModel) -> bool:
+    """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
+    tokens = _some_tokens(model, 17)
+    positions = torch.arange(17, device=tokens.device).expand(4, -1)
+    logits = []
+    for reverse in (False, True):
+        cache = _own_cache(model.config)
+        for part in (slice(0, 16), slice(16, 17)):
+            output = model(
+                input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True
+            )
+            for layer in cache.layers:
+                if reverse and getattr(layer, "keys", None) is not None:
+                    layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
+        logits.append(output.logits)
+    return _difference(*logits) <= max(1e-5, 4 * torch.finfo(model.dtype).eps)
+
+
+def _keeps_states(model: PreTrainedModel) -> bool:
+    """Whether a layer of the model keeps a recurrent state."""
+    return bool(KEPT_LAYERS) and any(map(_has_state, _own_cache(model.config).layers))
+
+
+def _resumes(model: PreTrainedModel) -> bool:
+    """Whether two tokens after seven leave the states of the model's layers as nine at once do."""
+    if not _keeps_states(model):
+        return True
+    tokens = _some_tokens(model, 9)
+    positions = torch.arange(9, device=tokens.device).expand(4, -1)
+    whole, parts = _own_cache(model.config), _own_cache(model.config)
+    for cache, part in ((whole, slice(0, 9)), (parts, slice(0, 7)), (parts, slice(7, 9))):
+        model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
+    # What a layer makes of it shows in the next one at the latest, and further on there is more noise.
+    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if _has_state(layer)]
+    noise = max(1e-4, 4 * torch.finfo(model.dtype).eps)
+    return all(
+        float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
+        for here, there in zip(map(_tensors, whole.layers[: states[:2][-1] + 1]), map(_tensors, parts.layers))
+        for name, tensor in here.items()
+    )
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
@@ -245,9 +371,10 @@ def _rope_parameters(config: Any) -> list[dict]:
 
 
 def _trained_length(config: Any) -> Optional[int]:
-    """The smallest length the configuration names as trained: below it no RoPE variant changes its frequencies."""
+    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
     config = config.get_text_config(decoder=True)
-    named = [getattr(config, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    names = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")  # the last scales queries
+    named = [getattr(config, name, None) for name in names]
     named += [settings.get("original_max_position_embeddings") for settings in _rope_parameters(config)]
     return min((int(length) for length in named if length), default=None)
 
@@ -363,10 +490,6 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
         super().__init__()
         self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all tokens."""
         self.keys = self.values = None
         # What turns of the sinks, as the model made it, once that in the ring was moved.
         self.sinks: Optional[torch.Tensor] = None
@@ -399,7 +522,7 @@ class SinkLayer(CacheLayerMixin):
         """
         key_states, value_states = key_states.detach(), value_states.detach()  # the ring outlives any autograd graph
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            SinkLayer.lazy_initialization(self, key_states, value_states)
         elif self.keys.device != key_states.device:  # the conversation was held elsewhere
             self._replace(lambda states: states.to(key_states.device))
         self._move_sinks(step)
@@ -435,14 +558,13 @@ class SinkLayer(CacheLayerMixin):
         """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
         if self.rotation is not None:
             window = self._turning[:, :, self.num_sink_tokens :]
-            cos_sin = self.rotation.cos_sin([-distance for distance in distances], window.device)
-            window.copy_(self.rotation.turn(window, *cos_sin))
+            window.copy_(self.rotation.turn_back(window, distances))
 
-    def select_rows(self, index: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `index[i]` was."""
-        self._replace(lambda states: states.index_select(0, index.to(states.device)))
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `beam_idx[i]` was."""
+        self._replace(lambda states: states.index_select(0, beam_idx.to(states.device)))
         if len(self.shifts) > 1:
-            self.shifts = [self.shifts[row] for row in index.tolist()]
+            self.shifts = [self.shifts[row] for row in beam_idx.tolist()]
 
     def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `function(tensor)` in the place of each tensor held."""
@@ -464,6 +586,28 @@ class SinkLayer(CacheLayerMixin):
         length = _query_length(sizes)
         num_keys = Step(self.window_length, self.num_sink_tokens, self.seen, length, [0], [0]).num_keys
         return num_keys, self.seen + length - num_keys
+
+
+class StateAndSinkLayer(SinkLayer, StateLayer):
+    """A layer with an attention to all tokens and a recurrent state side by side (arXiv:2411.13676): both are kept.
+
+    Args:
+        number_of_states: how many states it has.
+        kwargs: of `SinkLayer`.
+    """
+
+    def __init__(self, number_of_states: int, **kwargs):
+        SinkLayer.__init__(self, **kwargs)
+        StateLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, **kwargs) -> None:
+        """Allocate for a state; `SinkLayer.update` sees to the keys and values."""
+        StateLayer.lazy_initialization(self, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `beam_idx[i]` was."""
+        SinkLayer.reorder_cache(self, beam_idx)
+        StateLayer.reorder_cache(self, beam_idx)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,12 +671,14 @@ class SinkCache(Cache):
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
         self._model: Optional[_ModelReference] = None
         self._fingerprint: Optional[torch.Tensor] = None  # of that model
+        self._rotations: list[Optional[Rotation]] = []
+        self._resumes = True
+        self._new_layers: list = []  # what `layers` are before the first token
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens; a bound cache stays bound."""
-        for layer in self.layers:
-            layer.reset()
+        self.layers = copy.deepcopy(self._new_layers)
         self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
         self.offsets = [0]  # by how much each row's positions are lowered
         self.step: Optional[Step] = None
@@ -553,6 +699,7 @@ class SinkCache(Cache):
         Raises:
             ValueError: the cache is bound to another model or already holds tokens, or `model` can't be streamed.
         """
+        model = _unwrapped(model)
         bound_to = None if self._model is None else self._model()
         if bound_to is model:
             return self
@@ -567,14 +714,18 @@ class SinkCache(Cache):
                 "tokens. Call `bind(model)` before the first token, or `reset()` it."
             )
         _refuse_model(model, self.window_length)
-        rotations, fingerprint = read_rotations(model), _fingerprint(model)
+        reading = read_model(model)
         if self.is_bound:
-            _refuse_other_model(fingerprint, self._fingerprint)
+            _refuse_other_model(reading.fingerprint, self._fingerprint)
         else:
-            self.layers = [SinkLayer(self.window_length, self.num_sink_tokens, rotation) for rotation in rotations]
-        self._fingerprint = fingerprint
-        # Far enough above the window that shifting back is rare; low enough that float32 is exact about angles.
-        ceiling = max(4 * self.window_length, 4096)
+            self._rotations = reading.rotations
+            self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading.rotations)
+            self.layers = copy.deepcopy(self._new_layers)
+        self._fingerprint, self._resumes = reading.fingerprint, reading.resumes
+        # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
+        # that no key meets it twice; low enough that float32 is exact about angles.
+        reaches = [getattr(layer, "sliding_window", 0) for layer in self.layers]
+        ceiling = max(4 * self.window_length, 4096, *reaches)
         self._trained_length = _trained_length(model.config) or ceiling
         self._ceiling = max(self.window_length, min(ceiling, self._trained_length))
         self._model = _ModelReference(model)
@@ -587,17 +738,20 @@ class SinkCache(Cache):
 
     @property
     def key_cache(self) -> list[torch.Tensor]:
-        return [layer.keys for layer in self.layers] if self.is_bound else self._unbound.keys
+        return [getattr(layer, "keys", None) for layer in self.layers] if self.is_bound else self._unbound.keys
 
     @property
     def value_cache(self) -> list[torch.Tensor]:
-        return [layer.values for layer in self.layers] if self.is_bound else self._unbound.values
+        return [getattr(layer, "values", None) for layer in self.layers] if self.is_bound else self._unbound.values
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the cache's tensors take."""
-        tensors = self.key_cache + self.value_cache + [layer.sinks for layer in self.layers]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        if self.is_bound:
+            tensors = [tensor for layer in self.layers for tensor in _tensors(layer).values()]
+        else:
+            tensors = self.key_cache + self.value_cache
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def update(
         self,
@@ -627,10 +781,13 @@ class SinkCache(Cache):
         """
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
-        step = self.plan(self.layers[layer_idx].seen, key_states.shape[2])
+        layer = self.layers[layer_idx]
+        step = self.plan(layer.get_seq_length(), key_states.shape[2])
         if not step.prepared:
             self._refuse_unprepared(step, key_states.shape[0])
-        return self.layers[layer_idx].update(key_states, value_states, step)
+        if isinstance(layer, SinkLayer):
+            return layer.update(key_states, value_states, step)
+        return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
 
     def _refuse_unprepared(self, step: Step, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
@@ -640,6 +797,8 @@ class SinkCache(Cache):
             reason = f"the model would count positions past the {self._trained_length} that it was trained on"
         elif step.evicts and batch_size > 1 and self.pads is None:
             reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
+        elif step.length > 1 and step.start > 0 and not self._resumes:
+            reason = "the model forgets its states where it gets several tokens at once, so pass one at a time"
         elif step.length > 1 and step.evicts and step.start > 0 and not MASKS_FOLLOW_THE_CACHE:
             reason = f"transformers {transformers.__version__} would mask {step.length} tokens on a full window wrongly"
         else:
@@ -677,7 +836,7 @@ class SinkCache(Cache):
                 f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
                 f"{list(attention_mask.shape)}."
             )
-        at_once = self._ceiling - min(start, self.num_sink_tokens)
+        at_once = self._ceiling - min(start, self.num_sink_tokens) if start == 0 or self._resumes else 1
         if length > at_once:
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         pads = self.pads if start > 0 and attention_mask is None else None
@@ -709,17 +868,24 @@ class SinkCache(Cache):
             for held, new, offset in zip(step.held, step.new, self.offsets)
         ]
         if any(distances):
-            for layer in self.layers:
-                layer.shift_back(distances)
+            for layer, rotation in zip(self.layers, self._rotations):
+                if isinstance(layer, SinkLayer):
+                    layer.shift_back(distances)
+                elif rotation is not None and layer.is_initialized:
+                    states = getattr(layer, rotation.tensor)
+                    setattr(layer, rotation.tensor, rotation.turn_back(states, distances))
             self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
             self.step = None
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, padding included, if bound; tokens stored if not."""
-        layers = self.layers if self.is_bound else self._unbound.keys
-        if layer_idx >= len(layers):
+        if layer_idx >= len(self.layers if self.is_bound else self._unbound.keys):
             return 0
-        return layers[layer_idx].seen if self.is_bound else layers[layer_idx].shape[-2]
+        return self._counting(layer_idx).get_seq_length() if self.is_bound else self._unbound.keys[layer_idx].shape[-2]
+
+    def _counting(self, layer_idx: int) -> Any:
+        """The layer `layer_idx`, or where it does not count its tokens, the first that does."""
+        return next(layer for layer in [self.layers[layer_idx], *self.layers] if isinstance(layer, CacheLayerMixin))
 
     def get_max_length(self, *args, **kwargs) -> int:
         """The most tokens kept: `window_length`."""
@@ -730,10 +896,13 @@ class SinkCache(Cache):
     def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
         """The number of keys that `update` will return, and the column that the first of them counts as."""
         stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
-        if self.is_bound:
-            num_keys = self.plan(stored, length).num_keys
-            return num_keys, stored + length - num_keys
-        return (min(stored + length, self.window_length) if stored else length), 0
+        if not self.is_bound:
+            return (min(stored + length, self.window_length) if stored else length), 0
+        layer = self._counting(layer_idx)
+        if not isinstance(layer, SinkLayer):
+            return layer.get_mask_sizes(sizes)
+        num_keys = self.plan(stored, length).num_keys
+        return num_keys, stored + length - num_keys
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the batch what row `beam_idx[i]` was: int64 `[batch]`."""
@@ -742,7 +911,7 @@ class SinkCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
         for layer in self.layers:
-            layer.select_rows(indices)
+            layer.reorder_cache(indices)
         self._unbound.select_rows(indices)
         if self.latest_ids is not None:
             self.latest_ids = self.latest_ids.index_select(0, indices.to(self.latest_ids.device))
@@ -758,7 +927,7 @@ class SinkCache(Cache):
     @property
     def batch_size(self) -> int:
         """The rows of the batch held, -1 if it holds nothing yet."""
-        return next((keys.shape[0] for keys in self.key_cache if keys is not None), -1)
+        return next((keys.shape[0] for keys in self.key_cache if keys is not None and keys.numel() > 0), -1)
 
     def crop(self, max_length: int) -> None:
         """Forget the latest tokens, as long as none was evicted: what they evicted could not come back.
@@ -775,10 +944,12 @@ class SinkCache(Cache):
         if kept >= seen > 0:
             return
         pads = self.pads or [0]
-        if not self.is_bound or seen - min(pads) > self.window_length or any(self.offsets):
+        sinks_only = all(isinstance(layer, SinkLayer) and not _has_state(layer) for layer in self.layers)
+        if not self.is_bound or not sinks_only or seen - min(pads) > self.window_length or any(self.offsets):
             raise ValueError(
-                f"A `SinkCache` can be cropped only if bound and before its first eviction, got one with {seen} tokens "
-                f"seen and a window of {self.window_length}: what the cropped tokens evicted is gone."
+                "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, and before "
+                f"its first eviction, got one with {seen} tokens seen and a window of {self.window_length}: what the "
+                "cropped tokens evicted is gone."
             )
         if kept <= max(pads):
             raise ValueError(
@@ -803,9 +974,10 @@ class SinkCache(Cache):
         if self.latest_ids is not None:
             tensors["latest_ids"] = self.latest_ids
         for layer_idx, layer in enumerate(self.layers):
-            tensors |= {f"{name}.{layer_idx}": getattr(layer, name) for name in SAVED_TENSORS}
+            tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in _tensors(layer).items()}
         state = {name: getattr(self, name) for name in SAVED_STATE}
-        state["layers"] = [{"seen": layer.seen, "shifts": layer.shifts} for layer in self.layers]
+        state["seen"] = self.get_seq_length()
+        state["shifts"] = [getattr(layer, "shifts", None) for layer in self.layers]
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
 
@@ -823,13 +995,15 @@ class SinkCache(Cache):
             state = json.loads(metadata["sink_cache"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-        _refuse_other_model(_fingerprint(model), tensors["fingerprint"])
+        _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
         cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
         cache.latest_ids = tensors.get("latest_ids")
-        for layer_idx, (layer, held) in enumerate(zip(cache.layers, state["layers"])):
-            layer.seen, layer.shifts, layer.is_initialized = held["seen"], held["shifts"], True
-            for name in SAVED_TENSORS:
-                setattr(layer, name, tensors[f"{name}.{layer_idx}"])
+        for layer_idx, (layer, shifts) in enumerate(zip(cache.layers, state["shifts"])):
+            held = {}
+            for name, tensor in tensors.items():
+                if name.rpartition(".")[2] == str(layer_idx):
+                    held[name.rpartition(".")[0]] = tensor.to(model.device)
+            _hold(layer, held, state["seen"], shifts)
         return cache
 
 
@@ -842,8 +1016,55 @@ def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> No
         )
 
 
-# What `SinkCache.save` writes: of each layer, and of the cache.
-SAVED_TENSORS = ("keys", "values", "sinks")
+def _layers(
+    model: PreTrainedModel, window_length: int, num_sink_tokens: int, rotations: list[Optional[Rotation]]
+) -> list:
+    """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
+    if _slides_everywhere(model):
+        own = []
+    else:
+        own = _own_cache(model.config).layers if KEPT_LAYERS else []
+    layers = []
+    for layer, rotation in itertools.zip_longest(own, rotations):
+        settings = dict(window_length=window_length, num_sink_tokens=num_sink_tokens, rotation=rotation)
+        if type(layer).__name__ in KEPT_LAYERS:
+            layers.append(layer)
+        elif type(layer).__name__ in FULL_LAYERS[1:]:
+            layers.append(StateAndSinkLayer(layer.number_of_states, **settings))
+        else:
+            layers.append(SinkLayer(**settings))
+    return layers
+
+
+def _has_state(layer: Any) -> bool:
+    return StateLayer is not CacheLayerMixin and isinstance(layer, StateLayer)
+
+
+def _tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """All that a layer holds, by name."""
+    tensors = {name: getattr(layer, name, None) for name in ("keys", "values", "sinks")}
+    for name in ("conv_states", "recurrent_states"):
+        tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int, shifts: Optional[list[int]]) -> None:
+    """Make a new layer what it was when it held these `_tensors`."""
+    if isinstance(layer, SinkLayer):
+        layer.keys, layer.values, layer.sinks = tensors["keys"], tensors["values"], tensors["sinks"]
+        layer.seen, layer.shifts, layer.is_initialized = seen, shifts, True
+    elif "keys" in tensors:
+        layer.update(tensors["keys"], tensors["values"])
+        layer.cumulative_length = seen
+    for name, tensor in tensors.items():
+        kind, _, state_idx = name.partition(".")
+        if kind == "conv_states":
+            layer.update_conv_state(tensor, int(state_idx))
+        elif kind == "recurrent_states":
+            layer.update_recurrent_state(tensor, int(state_idx))
+
+
+# What `SinkCache.save` writes of the cache, beside its layers.
 SAVED_STATE = ("window_length", "num_sink_tokens", "pads", "offsets", "latest_end")
 
 
@@ -931,7 +1152,8 @@ class UnboundLayers:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Inputs with an entry for each token, and the dimension in which they have it.
-PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "position_ids": -1, "cache_position": -1}
+PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
+PER_TOKEN_INPUTS |= {"position_ids": -1, "cache_position": -1}
 
 
 def _streaming(
@@ -966,7 +1188,8 @@ def _streaming(
         inputs = prepare(input_ids, *args, **kwargs)
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
-        chunks = _chunks(cache, _num_tokens(inputs), prefill_chunk_size)
+        chunks = _chunks(cache, _size(inputs)[1], prefill_chunk_size)
+        _refuse_media(inputs, chunks)
         if len(chunks) == 1:
             return _inputs_for_step(stand_in, cache, inputs)
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
@@ -1011,8 +1234,9 @@ def _refuse_other_conversation(cache: SinkCache, input_ids: torch.Tensor, end: i
         )
 
 
-def _num_tokens(inputs: dict[str, Any]) -> int:
-    return (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+def _size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """The rows and the new tokens of the model's inputs."""
+    return (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[:2]
 
 
 def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -1032,10 +1256,12 @@ def _chunks(cache: SinkCache, length: int, prefill_chunk_size: Optional[int]) ->
     """
     room = cache.window_length - cache.num_sink_tokens
     chunk_size = min(prefill_chunk_size or max(room // 4, 1), room)
+    if not cache._resumes:  # a model that forgets its states in between
+        chunk_size = 1
     fits = cache.window_length - max(max(cache.get_seq_length() - pad, 0) for pad in cache.pads)
     chunks, start = [], 0
     while start < length:
-        unevicted = fits - start
+        unevicted = fits - start if cache._resumes or cache.get_seq_length() + start == 0 else 0
         size = chunk_size if unevicted <= 0 else min(unevicted, prefill_chunk_size or unevicted)
         chunks.append(slice(start, min(start + size, length)))
         start += size
@@ -1058,12 +1284,17 @@ def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
 
 def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str, Any]) -> dict[str, Any]:
     """Fit the model's inputs for one update to the cache: positions that stay bounded, a mask over the kept keys."""
-    length = _num_tokens(inputs)
+    batch_size, length = _size(inputs)
     cache.bound_positions(length)
     step = cache.plan(cache.get_seq_length(), length)
     step.prepared = True
+    positions = inputs.get("position_ids")
+    if positions is None:
+        columns = torch.arange(step.start, step.start + length) - torch.tensor(cache.pads)[:, None]
+        inputs["position_ids"] = positions = columns.clamp(min=0).to(model.device)
+    elif length > 1:
+        _refuse_other_positions(cache, positions, step)
     if any(cache.offsets):
-        positions = inputs["position_ids"]
         inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
     if any(cache.pads) or step.evicts:
         attn_implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
@@ -1076,7 +1307,52 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
         inputs["attention_mask"] = None
         if step.needs_mask or not (MASKS_FOLLOW_THE_CACHE or flash):
             inputs["attention_mask"] = step.mask(model.dtype, model.device)
+        if any(cache.pads) and not all(isinstance(layer, SinkLayer) for layer in cache.layers):
+            attended = torch.arange(step.start + length) >= torch.tensor(cache.pads)[:, None]
+            attended = attended.expand(batch_size, -1).to(model.device, torch.long)
+            # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
+            of_states = attended[:, -length:] if step.start < max(cache.pads) else None
+            inputs["attention_mask"] = {
+                "full_attention": inputs["attention_mask"],
+                "hybrid": inputs["attention_mask"],
+                "linear_attention": of_states,
+                "conv": of_states,
+                **{
+                    kind: _own_mask(kind, model, cache, attended, length)
+                    for kind in {"sliding_attention", "chunked_attention"}.intersection(_kinds(model.config))
+                },
+            }
     return inputs
+
+
+def _refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
+    """Raise if a prompt has images or the like and goes in by chunks, or the model finds positions for them later."""
+    text = (*PER_TOKEN_INPUTS, "attention_mask")
+    media = [name for name, value in inputs.items() if name not in text and isinstance(value, (torch.Tensor, dict))]
+    if not any(inputs[name] is not None and len(inputs[name]) > 0 for name in media):
+        return
+    if len(chunks) > 1:
+        raise ValueError(
+            f"Images or the like ({', '.join(media)}) must come with a prompt that goes in at once: this one goes in "
+            f"{len(chunks)} chunks, the first of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater "
+            "`window_length`."
+        )
+    if inputs.get("position_ids") is None:
+        raise ValueError(
+            f"Images or the like ({', '.join(media)}) can't be streamed with this model: it chooses their positions "
+            "where a stream can't see them. Pass a prompt of text."
+        )
+
+
+def _refuse_other_positions(cache: SinkCache, positions: torch.Tensor, step: Step) -> None:
+    """Raise if the model counts the tokens of a step otherwise than by one each (`[..., rows, length]`)."""
+    columns = torch.arange(step.start, step.start + step.length) - torch.tensor(cache.pads)[:, None]
+    differ = (positions.cpu() != columns) & (columns >= 0)
+    if differ.any():
+        raise ValueError(
+            "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), and a "
+            "stream moves its sinks by as many as there are tokens. Pass a prompt of text."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1117,8 +1393,7 @@ def generate(
             generation, and leave what was passed as it was.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    model = _unwrapped(model)
     _refuse_arguments(model, kwargs)
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     cache = kwargs.pop("past_key_values", None)
@@ -1143,6 +1418,28 @@ def generate(
     finally:
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
+
+
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers that `model` is, or that `torch.compile` or peft put their wrapper around.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: peft would put learned tokens or keys before the prompt.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
+    for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"`model` ({type(wrapper).__name__}) can't be streamed: its adapter puts what it learned before the "
+                "prompt, where a stream counts no tokens. Use another kind of adapter, as LoRA."
+            )
+    return inner
 
 
 def _with(config: Any, **settings) -> Any:
@@ -1218,22 +1515,16 @@ def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"} or getattr(config, HYBRID, None):
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: its layers are not all attention of one kind "
-            f"({', '.join(sorted(kinds)) or 'a hybrid'}). Use a model with full attention in every layer."
-        )
     if not model._supports_default_dynamic_cache():
         raise ValueError(
             f"`model` ({name}) can't be streamed: transformers {transformers.__version__} gives it a cache of its own, "
-            "which a `SinkCache` can't stand in for. Use a model with full attention in every layer."
+            "which a `SinkCache` can't stand in for. Use a model with full attention in its layers."
         )
-    sliding_window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if sliding_window is not None and window_length > sliding_window:
+    _refuse_layers(model)
+    if _slides_everywhere(model) and window_length > config.sliding_window:
         raise ValueError(
-            f"`window_length` must be at most {sliding_window}, got {window_length}: the model's own attention reaches "
-            "no further back, so the sinks would be out of its sight."
+            f"`window_length` must be at most {config.sliding_window}, got {window_length}: the model's own attention "
+            "reaches no further back, so the sinks would be out of its sight."
         )
     trained_length = _trained_length(config)
     changing = {settings.get("rope_type", settings.get("type")) for settings in _rope_parameters(config)}
@@ -1242,6 +1533,49 @@ def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
             f"`window_length` must be at most {trained_length}, got {window_length}: past that the model changes the "
             "frequencies of its rotary embeddings, and the keys in the cache would no longer fit."
         )
+
+
+def _kinds(config: Any) -> list[str]:
+    """The kind of each layer, as far as the configuration names it."""
+    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
+
+
+def _slides_everywhere(model: PreTrainedModel) -> bool:
+    """Whether all layers attend to their own `sliding_window` latest tokens: a cache no longer than that rules them."""
+    config, kinds = model.config.get_text_config(decoder=True), set(_kinds(model.config))
+    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return slides and kinds <= {"sliding_attention"}
+
+
+def _refuse_layers(model: PreTrainedModel) -> None:
+    """Raise unless some layers of the model attend to all tokens, and the others can stay as they are."""
+    config = model.config.get_text_config(decoder=True)
+    kinds, hybrid = set(_kinds(config)), getattr(config, HYBRID, None)
+    if _slides_everywhere(model) and not hybrid:
+        return
+    try:
+        own = _own_cache(model.config).layers if KEPT_LAYERS else []
+    except Exception as error:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) can't be streamed: transformers {transformers.__version__} can't make a "
+            f"cache for it: {error}"
+        ) from error
+    classes = {type(layer).__name__ for layer in own}
+    unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *KEPT_LAYERS}))
+    if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
+        named = ", ".join(sorted(kinds)) or "full and sliding attention"
+        reason = f"transformers {transformers.__version__} can't cache its kinds of layers ({named}) each in its way"
+    elif unknown:
+        reason = f"its layers cache more than keys and values ({unknown})"
+    elif own and not classes & set(FULL_LAYERS):
+        reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
+    elif own and len(own) < config.num_hidden_layers:
+        reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
+    else:
+        return
+    raise ValueError(
+        f"`model` ({type(model).__name__}) can't be streamed: {reason}. Use a model with full attention in its layers."
+    )
 
 
 def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
@@ -1258,7 +1592,9 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    if len({layer.seen for layer in past_key_values.layers}) > 1:
+    counts = {layer.get_seq_length() for layer in past_key_values.layers if isinstance(layer, CacheLayerMixin)}
+    step, has_states = past_key_values.step, any(map(_has_state, past_key_values.layers))
+    if len(counts) > 1 or (has_states and step is not None and step.prepared and {step.start + step.length} != counts):
         raise ValueError(
             "`past_key_values` was left in the middle of a forward pass by an error: its layers disagree about the "
             "tokens seen. `reset()` it, or use a new `SinkCache`."

@@ -36,6 +36,7 @@ def oracle(
     window_length: int,
     num_sink_tokens: int,
     updates: Optional[list[int]] = None,
+    **inputs,
 ) -> torch.Tensor:
     """The logits that streaming `tokens` must give, `[len(tokens), vocab_size]`, from one forward pass without a cache.
 
@@ -49,23 +50,62 @@ def oracle(
         plan.append((slice(start, start + length), start - min(start, max(window_length - length, num_sink_tokens))))
         start += length
     moves = sorted({move for _, move in plan if move}) if num_sink_tokens else []
-    starts = [len(tokens) + place * num_sink_tokens for place in range(len(moves))]
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    # Where keys are made of several tokens, a copy comes after padding, as the sinks come after nothing.
+    gap = 4 if kinds & {"hybrid", "hybrid_sliding"} else 0
+    starts = [len(tokens) + gap + number * (gap + num_sink_tokens) for number in range(len(moves))]
     copies = {move: slice(start, start + num_sink_tokens) for move, start in zip(moves, starts)}
 
-    input_ids = torch.tensor(tokens + tokens[:num_sink_tokens] * len(moves))
-    position_ids = torch.cat([torch.arange(len(tokens)), *(torch.arange(num_sink_tokens) + move for move in moves)])
-    sees = torch.ones(len(input_ids), len(input_ids), dtype=torch.bool).tril()
-    for copy in copies.values():
-        sees[copy, : copy.start] = False
+    input_ids = torch.tensor(tokens + ([0] * gap + tokens[:num_sink_tokens]) * len(moves))
+    length = len(input_ids)
+    # What a token is of (the stream, 0, a copy, or padding, -1), its place in that, and its position.
+    part, place, position_ids = torch.full([length], -1), torch.arange(length), torch.zeros(length, dtype=torch.long)
+    part[: len(tokens)], position_ids[: len(tokens)] = 0, torch.arange(len(tokens))
+    for number, (move, copy) in enumerate(copies.items(), start=1):
+        part[copy], place[copy] = number, torch.arange(num_sink_tokens)
+        position_ids[copy] = torch.arange(num_sink_tokens) + move
+    itself = (part[:, None] == part) & (place[:, None] >= place)
+    sees = itself.clone()
     for update, move in plan:
         if move:
             sees[update, : move + num_sink_tokens] = False
         if move in copies:
             sees[update, copies[move]] = True
-    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)
+
+    def mask(sees: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)[None, None]
+
+    attention_mask, hooks = mask(sees), []
+    if len(kinds) > 1 or gap:  # the others see what they would without a sink cache
+        attention_mask = {name: attention_mask for name in ("full_attention", "hybrid")}
+        attention_mask |= {name: (part >= 0)[None].long() if gap else None for name in ("linear_attention", "conv")}
+        if getattr(config, "sliding_window", None):
+            attention_mask["sliding_attention"] = mask(itself & (place[:, None] - place < config.sliding_window))
+        if chunk := getattr(config, "attention_chunk_size", None):
+            attention_mask["chunked_attention"] = mask(itself & (place[:, None] // chunk == place // chunk))
+        # A layer with a state would go on from the stream's end: each copy is given what came out for the sinks.
+        layers = next(
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers
+        )
+
+        def put_sinks(module, args, output):
+            states = output[0] if isinstance(output, tuple) else output
+            for copy in copies.values():
+                states[:, copy] = states[:, :num_sink_tokens]
+
+        hooks = [layer.register_forward_hook(put_sinks) for layer in layers]
     output = model(
-        input_ids=input_ids[None], position_ids=position_ids[None], attention_mask=mask[None, None], use_cache=False
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        attention_mask=attention_mask,
+        use_cache=False,
+        **inputs,
     )
+    for hook in hooks:
+        hook.remove()
     return output.logits[0, : len(tokens)]
 
 
@@ -172,3 +212,14 @@ def seeded(seed: int = 0):
 def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     """Random tokens of the small models, int64 `[rows, length]`."""
     return torch.randint(2, SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts, each `[1, length]`, as one batch: `input_ids` and `attention_mask`."""
+    longest = max(ids.shape[1] for ids in prompts)
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - ids.shape[1] :] = ids
+        attention_mask[row, longest - ids.shape[1] :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, prompt, small_model
 from transformers import CONFIG_MAPPING, CohereConfig, GPTNeoXConfig, PhiConfig
 
-from custom_generate.generate import SinkCache, generate, read_rotations
+from custom_generate.generate import SinkCache, generate, read_model
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from custom_generate.generate import SinkCache, generate, read_rotations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts(config, layout, dtype):
     model = small_model(config).to(dtype)
-    rotations = read_rotations(model)
+    rotations = read_model(model).rotations
     assert len(rotations) == 3
     for rotation in rotations:
         assert (rotation.start, rotation.interleaved) == (layout["start"], layout["interleaved"])
@@ -41,7 +41,7 @@ def test_a_model_that_turns_backwards():
         return cos, -sin
 
     rotary.forward = backwards
-    assert torch.equal(read_rotations(model)[0].frequencies, -rotary.inv_freq.double())
+    assert torch.equal(read_model(model).rotations[0].frequencies, -rotary.inv_freq.double())
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
@@ -51,9 +51,12 @@ def test_scaled_frequencies_are_those_in_use(rope_type):
     if rope_type == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, scaled = small_model(), small_model(rope_scaling=scaling)
-    found = read_rotations(scaled)[0].frequencies
+    found = read_model(scaled).rotations[0].frequencies
     assert torch.equal(found, scaled.model.rotary_emb.inv_freq.double())
-    assert found[0] == read_rotations(plain)[0].frequencies[0] and found[-1] < read_rotations(plain)[0].frequencies[-1]
+    assert (
+        found[0] == read_model(plain).rotations[0].frequencies[0]
+        and found[-1] < read_model(plain).rotations[0].frequencies[-1]
+    )
 
 
 def test_frequencies_not_in_use_are_passed_over():
@@ -61,7 +64,7 @@ def test_frequencies_not_in_use_are_passed_over():
     used = model.model.rotary_emb.inv_freq
     for name, decoy in {"nearly": used * (1 - 1e-4), "other": used.flip(0), "same": used.clone()}.items():
         model.register_buffer(name, decoy)
-    assert all(torch.equal(rotation.frequencies, used.double()) for rotation in read_rotations(model))
+    assert all(torch.equal(rotation.frequencies, used.double()) for rotation in read_model(model).rotations)
 
 
 def test_layers_without_positions():
@@ -75,26 +78,26 @@ def test_layers_without_positions():
         return forward(*args, **{**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
 
     attention.forward = unturned
-    first, second, third = read_rotations(model)
+    first, second, third = read_model(model).rotations
     assert second is None and first is third is not None
 
 
-def test_it_runs_twice_on_single_tokens_and_never_again():
+def test_it_runs_a_few_tokens_and_never_again():
     model = small_model()
     passes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     SinkCache(16, 4).bind(model)
-    assert passes == [(4, 1), (4, 1)]
+    assert passes == [(4, 1), (4, 1), (4, 4), (4, 4), (4, 4)]
     SinkCache(32, 8).bind(model)
-    assert len(passes) == 2
+    assert len(passes) == 5
 
 
 def test_a_cast_model_is_read_again():
     model = small_model()
-    before = read_rotations(model)[0].frequencies
-    after = read_rotations(model.bfloat16())[0].frequencies
+    before = read_model(model).rotations[0].frequencies
+    after = read_model(model.bfloat16()).rotations[0].frequencies
     assert torch.equal(after, model.model.rotary_emb.inv_freq.double()) and not torch.equal(before, after)
 
 

@@ -2,19 +2,9 @@
 
 import pytest
 import torch
-from helpers import difference, prompt, small_model
+from helpers import difference, left_padded, prompt, small_model
 
 from custom_generate.generate import SinkCache, generate
-
-
-def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    longest = max(ids.shape[1] for ids in prompts)
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - ids.shape[1] :] = ids
-        attention_mask[row, longest - ids.shape[1] :] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @pytest.mark.parametrize("trained_length", [16, 512])
@@ -131,5 +121,5 @@ def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
     )
     output = generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=2, return_dict_in_generate=True)
     hook.remove()
-    assert seen[2:] == [16] + [3] * 8 + [1]  # after the two that read the rotation
+    assert seen[5:] == [16] + [3] * 8 + [1]  # after those that read the model
     assert output.past_key_values.get_seq_length() == 41

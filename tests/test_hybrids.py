@@ -1,0 +1,181 @@
+"""Layers that slide, attend by chunks or keep a state stay what they are beside those that get a sink cache."""
+
+import copy
+
+import pytest
+import torch
+from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, seeded, small_model
+from packaging.version import Version
+from transformers import CONFIG_MAPPING
+
+from custom_generate.generate import SinkCache, SinkLayer, generate
+
+FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
+EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
+MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8)
+SLIDE = {
+    "gemma3_text": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=10),  # two kinds of rotation
+    "cohere2": dict(layer_types=[SLIDING, SLIDING, FULL], sliding_window=10),  # no positions where it is full
+    "gpt_oss": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=24, **EXPERTS),  # sinks of its own
+    "llama4_text": dict(
+        layer_types=[CHUNKED, FULL, CHUNKED], attention_chunk_size=10, intermediate_size_mlp=64, **EXPERTS
+    ),
+}
+KEEP_A_STATE = {
+    "qwen3_next": dict(
+        layer_types=[LINEAR, FULL, LINEAR],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "lfm2": dict(layer_types=["conv", FULL, "conv"]),  # convolutions
+    "bamba": dict(attn_layer_indices=[1], **MAMBA2),
+    "falcon_h1": dict(mamba_d_ssm=64, **MAMBA2 | dict(mamba_n_heads=4)),  # both in each layer
+    "jamba": dict(  # no positions, and its states are forgotten where several tokens come at once
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_dt_rank=4,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+}
+SERVED = [
+    *(SLIDE if Version("4.56") <= RELEASE else []),
+    *(KEEP_A_STATE if Version("5.15") <= RELEASE else []),
+]
+pytestmark = pytest.mark.skipif(not SERVED, reason="transformers caches layers of several kinds from 4.56")
+
+
+with_states = pytest.mark.skipif(RELEASE < Version("5.15"), reason="until 5.14 transformers forgets states on its way")
+
+
+def hybrid(name: str, **settings):
+    config = CONFIG_MAPPING[name](**{**SMALL, "head_dim": 16, **{**SLIDE, **KEEP_A_STATE}[name], **settings})
+    return small_model(config, attn_implementation="eager" if name == "gpt_oss" else "sdpa")
+
+
+def stream(model, input_ids, max_new_tokens=60, **kwargs):
+    settings = dict(min_new_tokens=max_new_tokens, do_sample=True, return_dict_in_generate=True, output_logits=True)
+    with seeded():
+        return generate(model, 16, 4, input_ids=input_ids, max_new_tokens=max_new_tokens, **settings, **kwargs)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_step_far_past_the_window(name):
+    model = hybrid(name)
+    output = stream(model, prompt(3))
+    assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]) < 1e-5
+    kinds = {isinstance(layer, SinkLayer) for layer in output.past_key_values.layers}
+    assert kinds == ({True} if name == "falcon_h1" else {True, False})
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_step_while_positions_are_shifted_back(name):
+    # Those of the keys in sliding layers too, and in bounds that are below what such a layer reaches across.
+    model = hybrid(name, max_position_embeddings=20)
+    output = stream(model, prompt(3), max_new_tokens=80)
+    assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_long_prompt_in_chunks(name):
+    model = hybrid(name)
+    output = stream(model, prompt(60), max_new_tokens=10)
+    updates = [16] + ([1] * 44 if name == "jamba" else [3] * 14 + [2]) + [1] * 10
+    expected = oracle(model, output.sequences[0].tolist(), 16, 4, updates)[59:-1]
+    assert difference(torch.cat(output.logits), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("prefill_chunk_size", [1, 7])
+def test_each_row_as_if_alone(name, prefill_chunk_size):
+    model = hybrid(name, max_position_embeddings=20)
+    prompts = [prompt(length, seed=length) for length in (3, 30, 12)]
+    settings = dict(
+        max_new_tokens=30,
+        do_sample=False,
+        prefill_chunk_size=prefill_chunk_size,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    batch = generate(model, 16, 4, **left_padded(prompts), **settings)
+    for row, ids in enumerate(prompts if prefill_chunk_size == 1 else prompts[1:2], start=int(prefill_chunk_size > 1)):
+        alone = generate(model, 16, 4, input_ids=ids, **settings)
+        assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
+    model = hybrid(name, max_position_embeddings=20)
+    first = stream(model, prompt(30), 10)
+    cache = first.past_key_values
+    cache.save(tmp_path / "conversation")
+    caches = [copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache]
+    said = torch.cat([first.sequences, prompt(5)], dim=1)
+    beginning = [1] * 14 if name == "jamba" else [3] * 4 + [2]
+    for cache in caches:
+        output = stream(model, said, 20, past_key_values=cache, prefill_chunk_size=1)
+        expected = oracle(model, output.sequences[0].tolist(), 16, 4, [16, *beginning] + [1] * 35)
+        assert difference(torch.cat(output.logits), expected[44:-1]) < 1e-5
+    cache.reset()
+    again = stream(model, prompt(30), 10, past_key_values=cache)
+    assert difference(torch.cat(again.logits), torch.cat(first.logits)) < 1e-6
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_beams_follow_their_hypotheses(name):
+    # A beam's score is that of its tokens streamed by themselves.
+    model = hybrid(name, max_position_embeddings=20)
+    settings = dict(num_beams=3, num_return_sequences=3, max_new_tokens=40, return_dict_in_generate=True)
+    output = generate(model, 16, 4, input_ids=prompt(3), do_sample=False, output_scores=True, **settings)
+    for sequence, score in zip(output.sequences, output.sequences_scores):
+        logits = oracle(model, sequence.tolist(), 16, 4)[2:-1].log_softmax(dim=-1)
+        assert abs(logits.gather(1, sequence[3:, None]).mean() - score) < 1e-4
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_loop_of_ones_own(name):
+    model, tokens = hybrid(name, max_position_embeddings=20), prompt(50)
+    cache, logits = SinkCache(16, 4).bind(model), []
+    with torch.no_grad():
+        for ids in tokens.split([10] + [1] * 40, dim=1):
+            logits.append(model(**cache.prepare_inputs(ids)).logits[0])
+    assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4, [10] + [1] * 40)) < 1e-5
+
+
+@with_states
+def test_a_model_that_forgets_its_states_gets_one_token_at_a_time_or_an_error():
+    model, tokens = hybrid("jamba"), prompt(12)
+    cache = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        model(**cache.prepare_inputs(tokens[:, :5]))
+        with pytest.raises(ValueError, match="`input_ids` must be at most 1 tokens at a time for this model, got 2"):
+            cache.prepare_inputs(tokens[:, 5:7])
+        with pytest.raises(ValueError, match="forgets its states where it gets several tokens at once"):
+            model(input_ids=tokens[:, 5:7], past_key_values=cache)
+
+
+@with_states
+def test_a_cache_whose_states_are_ahead_of_its_keys():
+    # The first layer has taken the token in when the second fails: no count of tokens shows that.
+    model = hybrid("qwen3_next")
+    output = stream(model, prompt(3), 5)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream(model, output.sequences, 5, past_key_values=output.past_key_values)
+    hook.remove()
+    with pytest.raises(ValueError, match="`past_key_values` was left in the middle of a forward pass"):
+        stream(model, output.sequences, 5, past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_can_not_be_taken_back_is_not_cropped(name):
+    cache = stream(hybrid(name), prompt(3), 5).past_key_values
+    with pytest.raises(ValueError, match="only if bound to a model with full attention in every layer"):
+        cache.crop(-1)
