@@ -1,0 +1,129 @@
+"""Models with a tower for images beside the language model: they stream text, and images where positions allow it."""
+
+import pytest
+import torch
+from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from custom_generate.generate import generate
+
+IMAGE = 210  # the token that an image's features take the place of
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+TEXT = {**SMALL, "head_dim": 16}
+SLIDING = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=10)
+MROPE = {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 10000.0}
+TOWERS = {
+    "llava": dict(
+        vision_config=dict(model_type="clip_vision_model", image_size=4, patch_size=2, projection_dim=32, **VISION),
+        text_config=dict(model_type="llama", **TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    ),
+    "mistral3": dict(
+        vision_config=dict(model_type="pixtral", image_size=8, patch_size=2, head_dim=16, **VISION),
+        text_config=dict(model_type="mistral", **TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    ),
+    "qwen2_vl": dict(
+        vision_config=dict(embed_dim=32, hidden_size=64, depth=1, num_heads=2, patch_size=2, mlp_ratio=1),
+        image_token_id=IMAGE,
+        vision_start_token_id=209,
+        vision_end_token_id=208,
+        **(
+            dict(text_config={**SMALL, "rope_parameters": MROPE})
+            if RELEASE >= Version("5.0")
+            else {**SMALL, "rope_scaling": MROPE}
+        ),
+    ),
+    "gemma3": dict(
+        vision_config=dict(image_size=8, patch_size=2, **VISION),
+        text_config=dict(**TEXT, **SLIDING),
+        image_token_index=IMAGE,
+        boi_token_index=209,
+        eoi_token_index=208,
+        mm_tokens_per_image=4,
+    ),
+}
+if RELEASE < Version("4.56"):  # where layers of several kinds are refused
+    del TOWERS["gemma3"]
+
+
+def model_with_a_tower(name: str):
+    with seeded():
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name](**TOWERS[name])).eval().float()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 8
+    return model
+
+
+def stream(model, input_ids, max_new_tokens=60, **inputs):
+    with seeded():
+        return generate(
+            model,
+            16,
+            4,
+            input_ids=input_ids,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            suppress_tokens=[208, 209, 210],
+            return_dict_in_generate=True,
+            output_logits=True,
+            **inputs,
+        )
+
+
+def an_image(model, name: str) -> tuple[torch.Tensor, dict]:
+    """A prompt of ten tokens, four of them an image's, and the image."""
+    ids, pixels = prompt(10).clamp(max=200), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ids[0, 4:8] = IMAGE
+    if name == "qwen2_vl":  # four by four patches of two by two pixels each, twice, merged two by two
+        ids[0, 3] = 209
+        image = dict(pixel_values=pixels.repeat(1, 1, 2, 4).reshape(16, 24), image_grid_thw=torch.tensor([[1, 4, 4]]))
+        return ids, image | (dict(mm_token_type_ids=(ids == IMAGE).long()) if RELEASE >= Version("5.0") else {})
+    if name == "mistral3":
+        return ids, dict(pixel_values=pixels.repeat(1, 1, 2, 2), image_sizes=torch.tensor([[8, 8]]))
+    if name == "gemma3":
+        return ids, dict(pixel_values=pixels.repeat(1, 1, 2, 2), token_type_ids=(ids == IMAGE).long())
+    return ids, dict(pixel_values=pixels)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("length", [3, 40])
+def test_text(name, length):
+    model = model_with_a_tower(name)
+    output = stream(model, prompt(length).clamp(max=200), prefill_chunk_size=1)
+    expected = oracle(model, output.sequences[0].tolist(), 16, 4)[length - 1 : -1]
+    assert difference(torch.cat(output.logits), expected) < 1e-5
+
+
+def test_positions_of_an_image_in_two_dimensions_are_refused():
+    model = model_with_a_tower("qwen2_vl")
+    ids, image = an_image(model, "qwen2_vl")
+    with pytest.raises(ValueError, match="positions other than 0, 1, 2|chooses their positions where"):
+        stream(model, ids, **image)
+
+
+@pytest.mark.parametrize("name", [name for name in TOWERS if name != "qwen2_vl"])
+def test_an_image_in_a_prompt_that_the_window_holds(name):
+    model = model_with_a_tower(name)
+    ids, image = an_image(model, name)
+    output = stream(model, ids, **image)
+    if name == "gemma3":  # where an image's tokens see each other, which the oracle's mask does not know
+        plain = model.generate(input_ids=ids, max_new_tokens=7, do_sample=False, **image)
+        ours = generate(model, 16, 4, input_ids=ids, max_new_tokens=7, do_sample=False, **image)
+        assert torch.equal(ours, plain)
+    else:
+        expected = oracle(model, output.sequences[0].tolist(), 16, 4, [10] + [1] * 60, **image)[9:-1]
+        assert difference(torch.cat(output.logits), expected) < 1e-5
+    text = prompt(10).clamp(max=200)
+    assert not torch.equal(output.logits[0], stream(model, text, 1).logits[0])
+
+
+def test_an_image_in_a_prompt_that_goes_in_by_chunks():
+    model = model_with_a_tower("llava")
+    ids, image = an_image(model, "llava")
+    with pytest.raises(ValueError, match="Images.*must come with a prompt that goes in at once.* 2 chunks"):
+        stream(model, torch.cat([ids, ids[:, :3], ids[:, :3], ids[:, :3]], dim=1), **image)
