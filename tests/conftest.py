@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import transformers
 from helpers import ROOT, small_model, small_tokenizer
-from real_model import load_real_model
+from real_model import load_real_hybrid_model, load_real_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -31,6 +31,15 @@ def pytest_report_header() -> str:
 def real_model():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     return load_real_model()
+
+
+@pytest.fixture(scope="session")
+def real_hybrid_model():
+    """Gemma 3 270M in float32, and its tokenizer."""
+    try:
+        return load_real_hybrid_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
