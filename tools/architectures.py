@@ -1,0 +1,391 @@
+"""Try every decoder that transformers knows, and write COMPATIBILITY.md: `make architectures`.
+
+Each model type of `AutoModelForCausalLM` is built tiny and random, streamed past its window by `generate`, and compared
+with the oracle of the tests. Types given as arguments are tried and printed, and nothing is written.
+"""
+
+import argparse
+import collections
+import dataclasses
+import difflib
+import multiprocessing
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_TYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers import difference, oracle, prompt, seeded  # noqa: E402
+
+from custom_generate.generate import SinkCache, SinkLayer, generate, read_model  # noqa: E402
+
+REPORT = ROOT / "COMPATIBILITY.md"
+SECONDS = 60  # for one model type
+TOLERANCE = 3e-5  # in float32 a stream differs by 1e-5 at most, and one whose keys are not turned by 5e-3 at least
+WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
+TRAINED_LENGTH, LONG_ENOUGH = 24, 512  # of the model that is streamed, and of the one for the oracle
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building a type: its own configuration, made small
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What an integer of a configuration becomes, at most, by its name: the first pattern that matches all of it decides.
+SIZES = {
+    r".*token_(id|index)|(unk|mask)_index": 1,
+    r".*vocab_size.*|.*_vocab": 211,
+    r"num_kv_shared_layers|num_(global|lstm)_layers": 2,
+    r"first_k_dense_replace|num_dense_layers|max_window_layers|num_res_blocks": 1,
+    r".*_(period|interval|pattern)|.*every_n_layers|layer_group_size": 2,
+    r".*_offset": 1,
+    r"((num|n|en|de)_?)?((en|de)coder_)?(num_)?(hidden_)?(layers?|blocks)(_per_stack)?|depth|.*num_hidden_layers": 4,
+    r".*(num_key_value_heads|kv_n_heads|num_kv_heads|index_n_heads)": 2,
+    r".*(n_heads?|(attention|decoder|encoder|num|key|value)_heads)": 4,
+    r"qk_(nope|rope)_head_dim|rotary_dim": 8,
+    r".*(head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|rank|state|state_size)": 16,
+    r".*(experts|expert_num)": 4,
+    r".*(experts_per_tok|top_?k(_experts)?|moe_k)": 2,
+    r".*groups?": 1,
+    r".*(hidden_size.*|d_model|dim_model|n_embd|(emb|embed|embedding)_(dim|size)|_dim|lru_width|adapter_.*_size)": 64,
+    r".*(intermediate_size.*|ffn.*(dim|size)|d_ff|dff|dim_ff|d_inner|mlp_dim)": 64,
+    r".*image_size": 28,
+    r".*patch_size": 14,
+    r".*(channels?|num_filters)": 32,
+}
+POSITIONS = r"max_position_embeddings|n_positions|max_seq_len|n_ctx|max_(source|target)_positions|context_length"
+WINDOWS = r"(sliding|attention)_window(_size)?|window_size|local_attention.*|attention_chunk_size"
+
+COMMON_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+# Some configurations leave these None, which their models can't use.
+NEVER_NONE = {"head_dim": 16, "num_key_value_heads": 2}
+
+# By type, what its configuration needs besides smaller sizes, and why.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    # The default layers are all alike, and those of released models are not.
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "gemma4_text": {"global_head_dim": 32, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "laguna": {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "mellum": {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "minimax_m3_vl_text": {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    # The defaults lack what the model asks for.
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "qwen4_exp_text": dict.fromkeys(("head_dim", "indexer_head_dim"), 16)
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 512, "indexer_compress_ratio": 4},
+    "xmod": {"default_language": "en_XX"},
+    # Time steps, which transformers holds above this for several tokens and not for one.
+    "nemotron_h": {"time_step_min": 1e-6},
+    "zamba2": {"time_step_min": 1e-6},
+    # The layers are so many, and so sharp, that rounding would grow in them.
+    "gemma3n_text": {"initializer_range": 0.03},
+    # Sizes that are no fields of the configuration.
+    "dots3_note_text": dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4)
+    | dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim", "swa_v_head_dim"), 16)
+    | {"swa_qk_nope_head_dim": 8},
+    # Sizes that must fit together.
+    "gemma4_assistant": {
+        "text_config": dict.fromkeys(("num_hidden_layers", "num_kv_shared_layers"), 4)
+        | dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0)
+    },
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
+    "reformer": {"axial_pos_embds": False},
+}
+
+
+def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> PreTrainedConfig:
+    """`config` with as few and small layers as still have all of its kinds, trained to `length` tokens."""
+    exceptions = {**EXCEPTIONS.get(config.model_type, {}), **exceptions}
+    depth = getattr(config, "num_hidden_layers", None)
+    # A window of its own slides within the stream; where all layers slide, the cache's must fit into it.
+    window = 12 if len(set(getattr(config, "layer_types", None) or [])) > 1 else 20
+
+    def size(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        if re.fullmatch(POSITIONS, name):
+            return length
+        if re.fullmatch(WINDOWS, name):
+            return window
+        return next((min(value, size) for pattern, size in SIZES.items() if re.fullmatch(pattern, name)), value)
+
+    settings: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
+    if hasattr(config, "initializer_range"):  # so that attention weighs in, and a key turned wrongly can't hide
+        settings["initializer_range"] = 0.1
+    per_layer: dict[str, list] = {}
+    for field in dataclasses.fields(config):
+        # Not by `getattr`, which refuses what differs between layers.
+        name, value = field.name, vars(config).get(config.attribute_map.get(field.name, field.name))
+        if name in COMMON_FIELDS or name in settings:
+            continue
+        if isinstance(value, PreTrainedConfig):
+            settings[name] = small(value, length, exceptions.pop(name, {}))
+        elif isinstance(value, (list, tuple)) and depth and depth == len(value) and not _are_places(value):
+            per_layer[name] = [size(name, entry) for entry in value]
+        elif name in NEVER_NONE and value is None:
+            settings[name] = NEVER_NONE[name]
+        elif isinstance(field.default, int) and value is not None:  # a default of None is derived from the others
+            same = name.endswith("key_value_heads") and value == vars(config).get("num_attention_heads")
+            settings[name] = 4 if same else size(name, value)
+    if hasattr(config, "is_decoder"):
+        settings["is_decoder"] = True
+    if per_layer:
+        kinds = [str(kind) for kind in zip(*per_layer.values())]
+        first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        layers = first * 2 if len(first) > 1 else first * 3
+        per_layer = {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
+        per_layer[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return type(config)(**{**settings, **exceptions, **per_layer})
+
+
+def _are_places(values: Any) -> bool:
+    """Whether `values` are the indices of some layers, rather than something of each layer."""
+    return all(isinstance(value, int) for value in values) and list(values) == sorted(set(values))
+
+
+def build(model_type: str, length: int) -> PreTrainedModel:
+    """A tiny random model trained to `length` tokens: one with the same weights whatever the length."""
+    config = CONFIG_MAPPING[model_type](**EXCEPTIONS.get(model_type, {}))
+    config = small(config, length, {})
+    model_class = getattr(transformers, MODEL_TYPES[model_type])
+    if model_class.config_class is not type(config):  # the decoder of a larger model has a configuration of its own
+        parts = (part for part in vars(config).values() if type(part) is model_class.config_class)
+        config = next(parts, config)
+    with seeded():
+        model = model_class._from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if not parameter.any():  # what is learned from nothing, as some norms are, would hide what it multiplies
+                parameter.data.normal_(std=0.1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trying a type
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """What was found about one model type: a row of the table."""
+
+    model_type: str
+    verdict: str
+    layers: str = ""
+    rotation: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something here, or in transformers, is to be repaired."""
+        return self.verdict.startswith(("wrong", "fails"))
+
+
+def attempt(model_type: str) -> Row:
+    """Build, stream and compare one model type, within its time."""
+
+    def out_of_time(*_) -> None:
+        raise TimeoutError(f"it took more than {SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(SECONDS)
+    try:
+        try:
+            model = build(model_type, TRAINED_LENGTH)
+            reference = build(model_type, LONG_ENOUGH)
+        except Exception as error:
+            return Row(model_type, f"not built: {_first_line(error).split('. ')[0]}")
+        try:
+            return _stream(model_type, model, reference)
+        except Exception as error:
+            return Row(model_type, f"fails: {type(error).__name__}: {_first_line(error)}", _layers(model, []))
+    finally:
+        signal.alarm(0)
+
+
+def _stream(model_type: str, model: PreTrainedModel, reference: PreTrainedModel) -> Row:
+    """Stream `model`, and compare with what `reference`, the same with more positions, gives without a cache."""
+    # Token by token, while positions are shifted back to stay below the trained length ...
+    cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
+    try:
+        differences = [_difference(model, reference, cache, 3, 60, updates=None)]
+    except (ValueError, TypeError) as error:
+        if cache.get_seq_length() > 0:  # too late for a refusal
+            raise
+        return Row(model_type, f"refused: {_reason(error)}", _layers(model, []))
+    # ... and a long prompt, several tokens at a time where the model goes on from its states.
+    resumes = read_model(reference).resumes
+    updates = [WINDOW_LENGTH] + ([(WINDOW_LENGTH - NUM_SINK_TOKENS) // 4] * 8 if resumes else [1] * 24)
+    in_chunks = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
+    differences.append(_difference(reference, reference, in_chunks, sum(updates), 8, updates + [1] * 8))
+    right = all(difference < TOLERANCE for difference in differences)
+    verdict = "streams" if right else f"wrong: {differences[0]:.1e} token by token, {differences[1]:.1e} in chunks"
+    return Row(model_type, verdict, _layers(model, cache.layers), _rotation(model, cache.layers))
+
+
+def _difference(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    cache: SinkCache,
+    length: int,
+    max_new_tokens: int,
+    updates: Optional[list[int]],
+) -> float:
+    """The largest difference of any step from the oracle, for a prompt of `length` tokens and what is sampled after."""
+    with seeded():  # sampled, so that the stream never settles into a loop
+        output = generate(
+            model,
+            input_ids=prompt(length),
+            past_key_values=cache,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            do_sample=True,
+            suppress_tokens=[0, 1],  # padding, and what stands for an image in models that take one
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    logits, tokens = torch.cat(output.logits), output.sequences[0].tolist()
+    expected = oracle(reference, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS, updates)
+    return difference(logits, expected[length - 1 : -1])
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _reason(error: Exception) -> str:
+    """What of a refusal's message is about the kind of model, rather than about this one."""
+    reason = re.sub(r"^`model` \(\w+\) (can't be streamed: )?", "", _first_line(error))
+    return re.sub(r" Use an? .*", "", reason).rstrip(".")
+
+
+def _kinds(model: PreTrainedModel, layers: list) -> list[str]:
+    """What each layer is, in a word or two: what the configuration calls it, or what a cache had to do for it."""
+    config = model.config.get_text_config(decoder=True)
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    unnamed = ["sliding_attention" if slides else "full_attention"] * len(layers)
+    kinds = list(getattr(config, "layer_types", None) or unnamed)
+    kinds = [kind.removesuffix("_attention").replace("_", " ") for kind in kinds]
+    for index, layer in enumerate(layers):
+        if isinstance(layer, SinkLayer) and not layer.is_initialized:
+            kinds[index] = "unused"
+        elif isinstance(layer, SinkLayer) and layer.rotation is None:
+            kinds[index] = f"position-free {kinds[index]}".removesuffix(" full")
+    return kinds
+
+
+def _layers(model: PreTrainedModel, layers: list) -> str:
+    """How many layers of each kind mix tokens."""
+    counts = collections.Counter(_kinds(model, layers))
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if kind not in ("mlp", "moe"))
+
+
+def _rotation(model: PreTrainedModel, layers: list) -> str:
+    """How the keys of the layers turn; for each kind, where kinds differ."""
+    found: dict[str, list[str]] = {}
+    for kind, layer, rotation in zip(_kinds(model, layers), layers, read_model(model).rotations):
+        if rotation is not None:
+            head_dim = getattr(layer, rotation.tensor).shape[-1]
+            text = f"{rotation.tensor}, {'interleaved' if rotation.interleaved else 'half'}"
+            text += f", {2 * rotation.frequencies.numel()} of {head_dim}"
+            text += f" from {rotation.start}" if rotation.start else ""
+            text += ", backwards" if rotation.frequencies.sum() < 0 else ""
+            found.setdefault(text, []).append(kind)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{' and '.join(dict.fromkeys(kinds))}: {text}" for text, kinds in found.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All types, and what is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Compatibility
+
+What `generate` does with each of the {total} model types that transformers {version} knows as causal language models:
+**{streams} stream, {refused} are refused** before the first token, and {not_built} could not be built. Written by
+`make architectures`; `python tools/architectures.py TYPE ...` tries single types.
+
+Each type is built by its own classes, tiny and with random weights, with layers of each kind that it has by default.
+*Streams* says that all logits, in float32, are those of one forward pass without a cache over what a stream keeps:
+token by token far past the window while positions are shifted back below the length that the model was trained to, and
+for a prompt longer than the window, several tokens at a time.
+
+- **layers**: what mixes tokens in them, as the type's configuration calls it. *Full* attention keeps sinks and a
+  window, and so does *sliding* attention where all layers slide. Beside full attention, *sliding* and *chunked*
+  attention and recurrent states (*linear*, *conv*) are left as they are; *hybrid* is attention with a state in one
+  layer. *Position-free* attention turns no keys. *Unused* are layers for images, which got none.
+- **rotation**: how the keys were found to turn with their position: which cached tensor does, whether its pairs are
+  neighbours (*interleaved*) or the two halves, and how many dimensions of each (tiny) head turn.
+
+| model type | layers | rotation | |
+| --- | --- | --- | --- |
+"""
+
+
+def report(rows: list[Row]) -> str:
+    """The text of COMPATIBILITY.md."""
+    counts = collections.Counter(row.verdict.split(":")[0] for row in rows)
+    introduction = INTRODUCTION.format(
+        total=len(rows),
+        version=transformers.__version__,
+        streams=counts["streams"],
+        refused=counts["refused"],
+        not_built=counts["not built"],
+    )
+    cells = ((row.model_type, row.layers, row.rotation, row.verdict) for row in rows)
+    return introduction + "".join(f"| {' | '.join(texts)} |\n" for texts in cells)
+
+
+def quiet() -> None:
+    """Make a worker silent, and leave the other core to the other one."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="a model type to try (default: all, written down)")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail unless COMPATIBILITY.md is current")
+    arguments = parser.parse_args()
+    types = arguments.types or sorted(MODEL_TYPES)
+    if unknown := set(types) - set(MODEL_TYPES):
+        parser.error(f"no causal language model of transformers {transformers.__version__}: {', '.join(unknown)}")
+
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(2, quiet) as pool:
+        for row in pool.imap(attempt, types):
+            rows.append(row)
+            print("  ".join(text for text in dataclasses.astuple(row) if text), flush=True)
+    if wrong := [row.model_type for row in rows if row.wrong]:
+        sys.exit(f"wrong: {', '.join(wrong)}")
+    if arguments.types:
+        return
+    text = report(rows)
+    if not arguments.check:
+        REPORT.write_text(text)
+    elif text != (old := REPORT.read_text() if REPORT.exists() else ""):
+        lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "COMPATIBILITY.md", "now", lineterm="")
+        sys.exit("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
