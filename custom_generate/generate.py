@@ -166,12 +166,14 @@ class Reading:
         rotations: how each layer turns its keys, None for one whose keys have no position.
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
         resumes: whether it goes on from a layer's state where it gets several tokens at once.
+        counts: whether it counts positions on where it is given none.
     """
 
     dtype: torch.dtype
     rotations: list[Optional[Rotation]]
     fingerprint: torch.Tensor
     resumes: bool
+    counts: bool
 
 
 _readings: "weakref.WeakKeyDictionary[PreTrainedModel, Reading]" = weakref.WeakKeyDictionary()
@@ -234,7 +236,7 @@ def read_model(model: PreTrainedModel) -> Reading:
             "distance (some models scale their queries by position), and a stream moves them to keep positions bounded."
         )
     fingerprint = [cached for cached in before if cached][-1]["keys"].float()
-    _readings[model] = Reading(model.dtype, rotations, fingerprint, _resumes(model))
+    _readings[model] = Reading(model.dtype, rotations, fingerprint, _resumes(model), _counts(model))
     return _readings[model]
 
 
@@ -315,6 +317,19 @@ def _resumes(model: PreTrainedModel) -> bool:
         for here, there in zip(map(_tensors, whole.layers[: states[:2][-1] + 1]), map(_tensors, parts.layers))
         for name, tensor in here.items()
     )
+
+
+def _counts(model: PreTrainedModel) -> bool:
+    """Whether a second token gets position 1 where the model, which keeps states, is given none."""
+    if not _keeps_states(model):
+        return True
+    tokens, keys = _some_tokens(model, 2), []
+    for positions in ({}, {"position_ids": torch.ones_like(tokens[:, 1:])}):
+        cache = _own_cache(model.config)
+        model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=tokens[:, 1:], past_key_values=cache, use_cache=True, **positions)
+        keys.append([layer["keys"] for layer in _cached(cache) if layer][-1])
+    return _difference(*keys) <= 4 * torch.finfo(model.dtype).eps
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
@@ -672,7 +687,7 @@ class SinkCache(Cache):
         self._model: Optional[_ModelReference] = None
         self._fingerprint: Optional[torch.Tensor] = None  # of that model
         self._rotations: list[Optional[Rotation]] = []
-        self._resumes = True
+        self._resumes = self._counts = True
         self._new_layers: list = []  # what `layers` are before the first token
         self.reset()
 
@@ -721,7 +736,7 @@ class SinkCache(Cache):
             self._rotations = reading.rotations
             self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading.rotations)
             self.layers = copy.deepcopy(self._new_layers)
-        self._fingerprint, self._resumes = reading.fingerprint, reading.resumes
+        self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
         reaches = [getattr(layer, "sliding_window", 0) for layer in self.layers]
@@ -735,6 +750,11 @@ class SinkCache(Cache):
     def is_bound(self) -> bool:
         """Whether `bind` was called, if only in the process that this conversation comes from."""
         return bool(self.layers)
+
+    @property
+    def _sinks_only(self) -> bool:
+        """Whether no layer slides, or keeps a state, by itself."""
+        return all(isinstance(layer, SinkLayer) and not _has_state(layer) for layer in self.layers)
 
     @property
     def key_cache(self) -> list[torch.Tensor]:
@@ -793,6 +813,8 @@ class SinkCache(Cache):
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
         if any(self.pads or []) or any(self.offsets):
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
+        elif step.start > 0 and not self._counts:
+            reason = "the model would start over from position 0"
         elif step.start + step.length > self._trained_length:
             reason = f"the model would count positions past the {self._trained_length} that it was trained on"
         elif step.evicts and batch_size > 1 and self.pads is None:
@@ -944,8 +966,7 @@ class SinkCache(Cache):
         if kept >= seen > 0:
             return
         pads = self.pads or [0]
-        sinks_only = all(isinstance(layer, SinkLayer) and not _has_state(layer) for layer in self.layers)
-        if not self.is_bound or not sinks_only or seen - min(pads) > self.window_length or any(self.offsets):
+        if not self.is_bound or not self._sinks_only or seen - min(pads) > self.window_length or any(self.offsets):
             raise ValueError(
                 "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, and before "
                 f"its first eviction, got one with {seen} tokens seen and a window of {self.window_length}: what the "
@@ -1307,7 +1328,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
         inputs["attention_mask"] = None
         if step.needs_mask or not (MASKS_FOLLOW_THE_CACHE or flash):
             inputs["attention_mask"] = step.mask(model.dtype, model.device)
-        if any(cache.pads) and not all(isinstance(layer, SinkLayer) for layer in cache.layers):
+        if any(cache.pads) and not cache._sinks_only:
             attended = torch.arange(step.start + length) >= torch.tensor(cache.pads)[:, None]
             attended = attended.expand(batch_size, -1).to(model.device, torch.long)
             # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.

@@ -214,10 +214,10 @@ def prompt(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def left_padded(prompts: list[torch.Tensor], padding: int = 0) -> dict[str, torch.Tensor]:
     """Prompts, each `[1, length]`, as one batch: `input_ids` and `attention_mask`."""
     longest = max(ids.shape[1] for ids in prompts)
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    input_ids = torch.full((len(prompts), longest), padding)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
         input_ids[row, longest - ids.shape[1] :] = ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, seeded, small_model
 from packaging.version import Version
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AttentionInterface
 
 from custom_generate.generate import SinkCache, SinkLayer, generate
 
@@ -104,7 +104,8 @@ def test_each_row_as_if_alone(name, prefill_chunk_size):
         return_dict_in_generate=True,
         output_logits=True,
     )
-    batch = generate(model, 16, 4, **left_padded(prompts), **settings)
+    # Padded by some token: the embedding of the model's own is zero, and would go unnoticed.
+    batch = generate(model, 16, 4, **left_padded(prompts, padding=7), **settings)
     for row, ids in enumerate(prompts if prefill_chunk_size == 1 else prompts[1:2], start=int(prefill_chunk_size > 1)):
         alone = generate(model, 16, 4, input_ids=ids, **settings)
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
@@ -140,13 +141,69 @@ def test_beams_follow_their_hypotheses(name):
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_a_loop_of_ones_own(name):
-    model, tokens = hybrid(name, max_position_embeddings=20), prompt(50)
+def test_a_bound_cache_follows_its_batch(name):
+    model, tokens, rows = hybrid(name, max_position_embeddings=20), prompt(30, rows=2), torch.tensor([1, 1, 0])
+    logits = []
+    for rearranged in (False, True):
+        cache = SinkCache(16, 4).bind(model)
+        with torch.no_grad():
+            for ids in tokens[:, :29].split(1, dim=1):
+                model(**cache.prepare_inputs(ids, torch.ones(2, cache.get_seq_length() + 1)))
+            if rearranged:
+                cache.batch_select_indices(rows)
+            last = tokens[rows, 29:] if rearranged else tokens[:, 29:]
+            logits.append(model(**cache.prepare_inputs(last)).logits[:, 0])
+    assert difference(logits[1], logits[0][rows]) < 1e-6
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["by itself", "prepared"])
+@pytest.mark.parametrize("name", SERVED)
+def test_a_loop_of_ones_own(name, prepared):
+    # Bamba gives position 0 to every token that comes alone.
+    model, tokens = hybrid(name, max_position_embeddings=20 if prepared else 512), prompt(50)
     cache, logits = SinkCache(16, 4).bind(model), []
     with torch.no_grad():
         for ids in tokens.split([10] + [1] * 40, dim=1):
-            logits.append(model(**cache.prepare_inputs(ids)).logits[0])
+            inputs = cache.prepare_inputs(ids) if prepared else dict(input_ids=ids, past_key_values=cache)
+            if name == "bamba" and not prepared and cache.get_seq_length() > 0:
+                with pytest.raises(ValueError, match="the model would start over from position 0"):
+                    model(**inputs)
+                return
+            logits.append(model(**inputs).logits[0])
     assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4, [10] + [1] * 40)) < 1e-5
+
+
+def test_positions_stay_below_where_a_model_scales_its_queries():
+    model = hybrid("llama4_text", floor_scale=20)
+    output = stream(model, prompt(3))
+    expected = oracle(hybrid("llama4_text"), output.sequences[0].tolist(), 16, 4)[2:-1]
+    assert difference(torch.cat(output.logits), expected) < 1e-5
+
+
+def test_no_key_of_a_layer_that_slides_is_shifted_back_twice():
+    # A key that is 5,999 tokens old has met one shift at most if 6,000 positions lie between two.
+    model = hybrid("cohere2", sliding_window=6000, max_position_embeddings=10000)
+    cache = SinkCache(16, 4).bind(model)
+    with pytest.raises(ValueError, match="`input_ids` must be at most 6000 tokens at a time"):
+        cache.prepare_inputs(prompt(6001))
+
+
+def attention_with_alibi(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention with a bias that grows with a key's place in the cache (ALiBi, arXiv:2108.12409)."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    length, num_keys = query.shape[2], key.shape[2]
+    weights = query @ key.transpose(2, 3) * scaling + 0.1 * torch.arange(num_keys)
+    weights = weights.masked_fill(torch.ones(length, num_keys).triu(num_keys - length + 1).bool(), -torch.inf)
+    return (weights.softmax(dim=-1) @ value).transpose(1, 2), weights
+
+
+@with_states
+def test_attention_by_the_order_in_the_cache_is_refused_beside_states_too():
+    AttentionInterface.register("alibi", attention_with_alibi)
+    model = hybrid("jamba")
+    model.config._attn_implementation = "alibi"
+    with pytest.raises(ValueError, match="no layer turns its keys with their position"):
+        stream(model, prompt(3))
 
 
 @with_states

@@ -6,7 +6,7 @@ from conftest import HUB
 from helpers import RELEASE, ROOT, difference, loadable, oracle, prompt, seeded, small_model
 from modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from custom_generate.generate import SinkCache, generate
 
@@ -168,17 +168,13 @@ def test_a_compiled_model(how, backend):
 # --- quantized
 
 
-def quantized(library: str, dtype: torch.dtype, folder):
-    """A small Llama loaded with weights of 8 bits (torchao) or 4 (bitsandbytes), and what it computes in `dtype`."""
-    pytest.importorskip(library)
-    if library == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-    elif RELEASE < Version("4.53"):
-        pytest.skip("transformers 4.52 takes bitsandbytes on no CPU without Intel's extension of torch")
-    else:
+def quantized(bits: int, dtype: torch.dtype, folder):
+    """A small Llama loaded with weights of 4 or 8 bits, and what it computes in `dtype`."""
+    pytest.importorskip("bitsandbytes")
+    if bits == 4:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
     small_model().save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, torch_dtype=dtype, device_map="cpu"
@@ -186,12 +182,13 @@ def quantized(library: str, dtype: torch.dtype, folder):
 
 
 # Only the weights are quantized, so a token's logits don't depend on what is computed beside it: 1e-6 in float32. In
-# bfloat16, decoding without eviction is up to 1e-2 off one pass over all tokens, and a stream 1.5e-2; a sink that is
+# bfloat16, decoding without eviction is up to 1.4e-2 off one pass over all tokens, and a stream 2e-2; a sink that is
 # turned the wrong way shows as 0.6.
+@pytest.mark.skipif(RELEASE < Version("4.53"), reason="transformers 4.52 takes bitsandbytes on no CPU but Intel's")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_a_quantized_model(library, dtype, tolerance, tmp_path):
-    model = quantized(library, dtype, tmp_path)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model(bits, dtype, tolerance, tmp_path):
+    model = quantized(bits, dtype, tmp_path)
     with torch.no_grad():
         plain = small_model()(prompt(20)).logits[0]
         assert difference(model(prompt(20)).logits[0].float(), plain) > 1e-2
