@@ -705,7 +705,7 @@ class SinkCache(Cache):
         """Read the rotation of every layer off `model` and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions. It is run twice on single tokens, once in its life, and
+            model: a decoder-only model with relative positions. It is run on a few tokens, once in its life, and
                 nothing is changed on it; the cache does not keep it alive.
 
         Returns:
@@ -1391,7 +1391,8 @@ def generate(
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
 
     Args:
-        model: a decoder-only model whose positions are relative (RoPE).
+        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),
+            also in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens

@@ -38,6 +38,14 @@ def test_python_and_settings(hub, tmp_path, monkeypatch):
     assert output.past_key_values.window_length == json.loads(settings)["window_length"]
 
 
+def test_the_totals_are_those_of_the_table():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    table = (ROOT / "COMPATIBILITY.md").read_text()
+    total, streams, refused = re.search(r"(\d+) model types.*?(\d+) stream, (\d+) are refused", table, re.S).groups()
+    assert f"[{streams} of {total}](COMPATIBILITY.md)" in readme
+    assert f"{total} causal language models" in readme and f"{streams} stream, {refused} are refused" in readme
+
+
 def test_the_demo():
     # What `make demo` runs, but shorter.
     loadable(ROOT)
