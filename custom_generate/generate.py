@@ -45,7 +45,7 @@ HYBRID = "cache_implementation"
 # classes for those that attend to all tokens, and for those that stay as they are in a stream: they slide, hold nothing
 # or keep a state.
 RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-CACHED_KINDS, FULL_LAYERS, KEPT_LAYERS, StateLayer = {"full_attention"}, ["DynamicLayer"], [], CacheLayerMixin
+CACHED_KINDS, FULL_LAYERS, KEPT_LAYERS = {"full_attention"}, ["DynamicLayer"], []
 if RELEASE >= (4, 56):
     CACHED_KINDS |= {"sliding_attention", "chunked_attention"}
     KEPT_LAYERS += ["DynamicSlidingWindowLayer", "DummyLayer"]
@@ -55,6 +55,11 @@ if RELEASE >= (5, 15):  # until then models forget a state where they get severa
     CACHED_KINDS = None
     FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer"]
     KEPT_LAYERS += ["LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"]
+else:
+
+    class StateLayer:
+        """No layer has a state that is kept."""
+
 
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
@@ -77,6 +82,11 @@ def _init_cache(cache: Cache) -> None:
 def _own_cache(config: Any) -> DynamicCache:
     """The cache that transformers gives a model; until 4.55 it knows of no kinds of layers, and has none yet."""
     return DynamicCache(config=config) if KEPT_LAYERS else DynamicCache()
+
+
+def _own_layers(model: PreTrainedModel) -> list:
+    """The layers of that cache, where it knows the kinds."""
+    return _own_cache(model.config).layers if KEPT_LAYERS else []
 
 
 def _cached(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
@@ -269,7 +279,12 @@ def _is_relative(model: PreTrainedModel, distance: int) -> bool:
     tokens = _some_tokens(model, 4)
     positions = torch.arange(4, device=tokens.device).expand(4, 4)
     here, one_on, there = (
-        model(input_ids=tokens, position_ids=positions + start, use_cache=False).logits
+        model(
+            input_ids=tokens,
+            position_ids=positions + start,
+            past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
+            use_cache=True,
+        ).logits
         for start in (0, 1, distance - 3)
     )
     noise = _difference(here, one_on)  # there, everything is rounded anew
@@ -297,7 +312,7 @@ def _attends_to_a_set(model: PreTrainedModel) -> bool:
 
 def _keeps_states(model: PreTrainedModel) -> bool:
     """Whether a layer of the model keeps a recurrent state."""
-    return bool(KEPT_LAYERS) and any(map(_has_state, _own_cache(model.config).layers))
+    return any(isinstance(layer, StateLayer) for layer in _own_layers(model))
 
 
 def _resumes(model: PreTrainedModel) -> bool:
@@ -310,7 +325,7 @@ def _resumes(model: PreTrainedModel) -> bool:
     for cache, part in ((whole, slice(0, 9)), (parts, slice(0, 7)), (parts, slice(7, 9))):
         model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
     # What a layer makes of it shows in the next one at the latest, and further on there is more noise.
-    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if _has_state(layer)]
+    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
     noise = max(1e-4, 4 * torch.finfo(model.dtype).eps)
     return all(
         float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
@@ -754,7 +769,7 @@ class SinkCache(Cache):
     @property
     def _sinks_only(self) -> bool:
         """Whether no layer slides, or keeps a state, by itself."""
-        return all(isinstance(layer, SinkLayer) and not _has_state(layer) for layer in self.layers)
+        return all(type(layer) is SinkLayer for layer in self.layers)
 
     @property
     def key_cache(self) -> list[torch.Tensor]:
@@ -907,7 +922,10 @@ class SinkCache(Cache):
 
     def _counting(self, layer_idx: int) -> Any:
         """The layer `layer_idx`, or where it does not count its tokens, the first that does."""
-        return next(layer for layer in [self.layers[layer_idx], *self.layers] if isinstance(layer, CacheLayerMixin))
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CacheLayerMixin):
+            return layer
+        return next(layer for layer in self.layers if isinstance(layer, CacheLayerMixin))
 
     def get_max_length(self, *args, **kwargs) -> int:
         """The most tokens kept: `window_length`."""
@@ -1041,10 +1059,7 @@ def _layers(
     model: PreTrainedModel, window_length: int, num_sink_tokens: int, rotations: list[Optional[Rotation]]
 ) -> list:
     """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
-    if _slides_everywhere(model):
-        own = []
-    else:
-        own = _own_cache(model.config).layers if KEPT_LAYERS else []
+    own = [] if _slides_everywhere(model) else _own_layers(model)
     layers = []
     for layer, rotation in itertools.zip_longest(own, rotations):
         settings = dict(window_length=window_length, num_sink_tokens=num_sink_tokens, rotation=rotation)
@@ -1055,10 +1070,6 @@ def _layers(
         else:
             layers.append(SinkLayer(**settings))
     return layers
-
-
-def _has_state(layer: Any) -> bool:
-    return StateLayer is not CacheLayerMixin and isinstance(layer, StateLayer)
 
 
 def _tensors(layer: Any) -> dict[str, torch.Tensor]:
@@ -1576,7 +1587,7 @@ def _refuse_layers(model: PreTrainedModel) -> None:
     if _slides_everywhere(model) and not hybrid:
         return
     try:
-        own = _own_cache(model.config).layers if KEPT_LAYERS else []
+        own = _own_layers(model)
     except Exception as error:
         raise ValueError(
             f"`model` ({type(model).__name__}) can't be streamed: transformers {transformers.__version__} can't make a "
@@ -1615,7 +1626,7 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
     counts = {layer.get_seq_length() for layer in past_key_values.layers if isinstance(layer, CacheLayerMixin)}
-    step, has_states = past_key_values.step, any(map(_has_state, past_key_values.layers))
+    step, has_states = past_key_values.step, any(isinstance(layer, StateLayer) for layer in past_key_values.layers)
     if len(counts) > 1 or (has_states and step is not None and step.prepared and {step.start + step.length} != counts):
         raise ValueError(
             "`past_key_values` was left in the middle of a forward pass by an error: its layers disagree about the "

@@ -7,7 +7,8 @@ import sys
 import torch
 from helpers import ROOT, loadable, prompt, small_model
 
-NEEDED = ["LICENSE", "README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+NEEDED = ["COMPATIBILITY.md", "LICENSE", "README.md", "config.json"]
+NEEDED += ["custom_generate/generate.py", "custom_generate/requirements.txt"]
 
 
 def push(*arguments: str, root=ROOT) -> str:

@@ -237,7 +237,7 @@ MODELS = {
     ),
     "no attention": (
         lambda: tiny("mamba", hidden_size=32, num_hidden_layers=2),
-        "(none of its layers attends to all tokens|a cache of its own)",
+        "(none of its layers attends to all tokens|a cache of its own|can't cache its kinds of layers)",
     ),
 }
 

@@ -8,14 +8,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [
-    "README.md",
-    "COMPATIBILITY.md",
-    "LICENSE",
-    "config.json",
-    "custom_generate/generate.py",
-    "custom_generate/requirements.txt",
-]
+FILES = ["README.md", "COMPATIBILITY.md", "LICENSE", "config.json"]
+FILES += ["custom_generate/generate.py", "custom_generate/requirements.txt"]
 
 
 def contents(repo: str) -> dict[str, bytes]:
