@@ -196,10 +196,12 @@ def read_model(model: PreTrainedModel) -> Reading:
     The model is run on single tokens, once at position 0 and once `distance` positions later. A token alone attends to
     itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
     else. Each layer gets the rotation, among those that the model's own tensors suggest, that turns the first run's
-    keys into the second's. The result is remembered for as long as the model lives.
+    keys into the second's. Some more runs of a few tokens tell whether all that the model does is relative, and how it
+    keeps its states, if it does. The result is remembered for as long as the model lives.
 
     Raises:
-        ValueError: `model` takes no `position_ids`, or no rotation explains its keys (learned positions).
+        ValueError: `model` takes no `position_ids`; no rotation explains its keys (learned positions); or what it does
+            depends on where tokens are in the cache, or on positions themselves, as far as its dtype shows it.
     """
     if model in _readings and _readings[model].dtype == model.dtype:
         return _readings[model]
@@ -660,7 +662,8 @@ class SinkCache(Cache):
 
     *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
     `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
-    before the oldest of these. `get_seq_length()` is the number of tokens seen.
+    before the oldest of these. `get_seq_length()` is the number of tokens seen. That is of layers that attend to all
+    tokens; those that slide, attend by chunks or keep a state have the cache that transformers gives them, beside.
 
     *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
     `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
