@@ -1225,6 +1225,7 @@ def _streaming(
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
         chunks = _chunks(cache, _size(inputs)[1], prefill_chunk_size)
         _refuse_media(inputs, chunks)
+        _refuse_other_positions(cache, inputs.get("position_ids"))
         if len(chunks) == 1:
             return _inputs_for_step(stand_in, cache, inputs)
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
@@ -1327,8 +1328,6 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if positions is None:
         columns = torch.arange(step.start, step.start + length) - torch.tensor(cache.pads)[:, None]
         inputs["position_ids"] = positions = columns.clamp(min=0).to(model.device)
-    elif length > 1:
-        _refuse_other_positions(cache, positions, step)
     if any(cache.offsets):
         inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
     if any(cache.pads) or step.evicts:
@@ -1344,7 +1343,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
             inputs["attention_mask"] = step.mask(model.dtype, model.device)
         if any(cache.pads) and not cache._sinks_only:
             attended = torch.arange(step.start + length) >= torch.tensor(cache.pads)[:, None]
-            attended = attended.expand(batch_size, -1).to(model.device, torch.long)
+            attended = attended.expand(batch_size, -1).to(model.device)
             # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
             of_states = attended[:, -length:] if step.start < max(cache.pads) else None
             inputs["attention_mask"] = {
@@ -1379,11 +1378,13 @@ def _refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
         )
 
 
-def _refuse_other_positions(cache: SinkCache, positions: torch.Tensor, step: Step) -> None:
-    """Raise if the model counts the tokens of a step otherwise than by one each (`[..., rows, length]`)."""
-    columns = torch.arange(step.start, step.start + step.length) - torch.tensor(cache.pads)[:, None]
-    differ = (positions.cpu() != columns) & (columns >= 0)
-    if differ.any():
+def _refuse_other_positions(cache: SinkCache, positions: Optional[torch.Tensor]) -> None:
+    """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one each token."""
+    if positions is None or positions.shape[-1] == 1:  # a single token is not looked at: that waits for the device
+        return
+    start = cache.get_seq_length()
+    columns = torch.arange(start, start + positions.shape[-1]) - torch.tensor(cache.pads)[:, None]
+    if ((positions.cpu() != columns) & (columns >= 0)).any():
         raise ValueError(
             "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), and a "
             "stream moves its sinks by as many as there are tokens. Pass a prompt of text."
