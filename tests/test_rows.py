@@ -8,7 +8,7 @@ from custom_generate.generate import SinkCache, generate
 
 
 @pytest.mark.parametrize("trained_length", [16, 512])
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
 @pytest.mark.parametrize("lengths", [(3, 7, 1, 12), (5, 5), (1, 40, 16, 17)], ids=str)
 def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_length):
