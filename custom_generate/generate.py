@@ -174,6 +174,7 @@ class Reading:
     Args:
         dtype: the model's when it was read: casting a model rounds the frequencies in its buffers.
         rotations: how each layer turns its keys, None for one whose keys have no position.
+        caches: whether each layer has keys and values of text at all.
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
         resumes: whether it goes on from a layer's state where it gets several tokens at once.
         counts: whether it counts positions on where it is given none.
@@ -181,6 +182,7 @@ class Reading:
 
     dtype: torch.dtype
     rotations: list[Optional[Rotation]]
+    caches: list[bool]
     fingerprint: torch.Tensor
     resumes: bool
     counts: bool
@@ -248,7 +250,8 @@ def read_model(model: PreTrainedModel) -> Reading:
             "distance (some models scale their queries by position), and a stream moves them to keep positions bounded."
         )
     fingerprint = [cached for cached in before if cached][-1]["keys"].float()
-    _readings[model] = Reading(model.dtype, rotations, fingerprint, _resumes(model), _counts(model))
+    caches = [bool(cached) for cached in before]
+    _readings[model] = Reading(model.dtype, rotations, caches, fingerprint, _resumes(model), _counts(model))
     return _readings[model]
 
 
@@ -752,7 +755,7 @@ class SinkCache(Cache):
             _refuse_other_model(reading.fingerprint, self._fingerprint)
         else:
             self._rotations = reading.rotations
-            self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading.rotations)
+            self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
             self.layers = copy.deepcopy(self._new_layers)
         self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
@@ -820,12 +823,12 @@ class SinkCache(Cache):
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
         layer = self.layers[layer_idx]
-        step = self.plan(layer.get_seq_length(), key_states.shape[2])
+        if not isinstance(layer, SinkLayer):
+            return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
+        step = self.plan(layer.seen, key_states.shape[2])
         if not step.prepared:
             self._refuse_unprepared(step, key_states.shape[0])
-        if isinstance(layer, SinkLayer):
-            return layer.update(key_states, value_states, step)
-        return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
+        return layer.update(key_states, value_states, step)
 
     def _refuse_unprepared(self, step: Step, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
@@ -1058,15 +1061,14 @@ def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> No
         )
 
 
-def _layers(
-    model: PreTrainedModel, window_length: int, num_sink_tokens: int, rotations: list[Optional[Rotation]]
-) -> list:
+def _layers(model: PreTrainedModel, window_length: int, num_sink_tokens: int, reading: Reading) -> list:
     """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
     own = [] if _slides_everywhere(model) else _own_layers(model)
     layers = []
-    for layer, rotation in itertools.zip_longest(own, rotations):
+    for layer, rotation, caches in itertools.zip_longest(own, reading.rotations, reading.caches):
         settings = dict(window_length=window_length, num_sink_tokens=num_sink_tokens, rotation=rotation)
-        if type(layer).__name__ in KEPT_LAYERS:
+        # A layer that caches nothing of text is for what comes beside it, as images.
+        if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not caches):
             layers.append(layer)
         elif type(layer).__name__ in FULL_LAYERS[1:]:
             layers.append(StateAndSinkLayer(layer.number_of_states, **settings))
@@ -1629,7 +1631,8 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    counts = {layer.get_seq_length() for layer in past_key_values.layers if isinstance(layer, CacheLayerMixin)}
+    counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in past_key_values.layers}
+    counts -= {None}  # of layers that don't count
     step, has_states = past_key_values.step, any(isinstance(layer, StateLayer) for layer in past_key_values.layers)
     if len(counts) > 1 or (has_states and step is not None and step.prepared and {step.start + step.length} != counts):
         raise ValueError(

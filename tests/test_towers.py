@@ -6,7 +6,7 @@ from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from custom_generate.generate import generate
+from custom_generate.generate import SinkCache, generate
 
 IMAGE = 210  # the token that an image's features take the place of
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -83,11 +83,26 @@ TOWERS = {
         boi_token_index=209,
         eoi_token_index=208,
     ),
+    "mllama": dict(  # with a layer that attends to images alone
+        vision_config=dict(
+            num_global_layers=1,
+            attention_heads=2,
+            image_size=8,
+            patch_size=2,
+            vision_output_dim=64,
+            intermediate_layers_indices=[0],
+            supported_aspect_ratios=[[1, 1]],
+            max_num_tiles=1,
+            **VISION,
+        ),
+        text_config=dict(**SMALL, cross_attention_layers=[1]),
+        image_token_index=IMAGE,
+    ),
 }
 if RELEASE < Version("4.56"):  # where layers of several kinds are refused
     del TOWERS["gemma3"]
 if RELEASE < Version("5.3"):  # where these are missing, or broken
-    del TOWERS["llama4"], TOWERS["qwen3_vl"]
+    del TOWERS["llama4"], TOWERS["qwen3_vl"], TOWERS["mllama"]
 
 
 def model_with_a_tower(name: str):
@@ -108,7 +123,7 @@ def stream(model, input_ids, max_new_tokens=60, **inputs):
             input_ids=input_ids,
             max_new_tokens=max_new_tokens,
             do_sample=True,
-            suppress_tokens=[208, 209, 210],
+            suppress_tokens=[0, 208, 209, 210],
             return_dict_in_generate=True,
             output_logits=True,
             **inputs,
@@ -137,6 +152,17 @@ def test_text(name, length):
     output = stream(model, prompt(length).clamp(max=200), prefill_chunk_size=1)
     expected = oracle(model, output.sequences[0].tolist(), 16, 4)[length - 1 : -1]
     assert difference(torch.cat(output.logits), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_turns_and_a_saved_conversation(name, tmp_path):
+    model = model_with_a_tower(name)
+    first = stream(model, prompt(3).clamp(max=200), 20)
+    first.past_key_values.save(tmp_path / "conversation")
+    said = torch.cat([first.sequences, prompt(5).clamp(max=200)], dim=1)
+    for cache in (first.past_key_values, SinkCache.load(tmp_path / "conversation", model)):
+        output = stream(model, said, 20, past_key_values=cache, prefill_chunk_size=1)
+        assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[27:-1]) < 1e-5
 
 
 def test_positions_of_an_image_in_two_dimensions_are_refused():

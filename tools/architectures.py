@@ -282,7 +282,7 @@ def _kinds(model: PreTrainedModel, layers: list) -> list[str]:
     kinds = list(getattr(config, "layer_types", None) or unnamed)
     kinds = [kind.removesuffix("_attention").replace("_", " ") for kind in kinds]
     for index, layer in enumerate(layers):
-        if isinstance(layer, SinkLayer) and not layer.is_initialized:
+        if not getattr(layer, "is_initialized", True):
             kinds[index] = "unused"
         elif isinstance(layer, SinkLayer) and layer.rotation is None:
             kinds[index] = f"position-free {kinds[index]}".removesuffix(" full")
