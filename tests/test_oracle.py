@@ -45,7 +45,7 @@ def test_every_step_far_past_the_window(architecture, window, attn_implementatio
     assert error(model, prompt(3), *window, max_new_tokens=300) < 1e-5
 
 
-@pytest.mark.parametrize("trained_length", [16, 17, 40])
+@pytest.mark.parametrize("trained_length", [16, *(pytest.param(length, marks=pytest.mark.slow) for length in (17, 40))])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
 def test_every_step_while_positions_are_shifted_back(window, trained_length):
     # Positions may not pass the trained length, so the kept keys are shifted back up to 19 times.
