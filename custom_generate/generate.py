@@ -884,13 +884,7 @@ class SinkCache(Cache):
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         pads = self.pads if start > 0 and attention_mask is None else None
         _begin(self, batch_size, _left_padding(attention_mask) if pads is None else pads)
-        positions = torch.arange(start, start + length) - torch.tensor(self.pads)[:, None]
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": None,
-            "position_ids": positions.clamp(min=0).to(input_ids.device),
-            "past_key_values": self,
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": None, "past_key_values": self}
         return _inputs_for_step(model, self, inputs)
 
     def plan(self, start: int, length: int) -> Step:
@@ -1070,7 +1064,7 @@ def _layers(model: PreTrainedModel, window_length: int, num_sink_tokens: int, re
         # A layer that caches nothing of text is for what comes beside it, as images.
         if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not caches):
             layers.append(layer)
-        elif type(layer).__name__ in FULL_LAYERS[1:]:
+        elif isinstance(layer, StateLayer):
             layers.append(StateAndSinkLayer(layer.number_of_states, **settings))
         else:
             layers.append(SinkLayer(**settings))
@@ -1225,7 +1219,7 @@ def _streaming(
         inputs = prepare(input_ids, *args, **kwargs)
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
-        chunks = _chunks(cache, _size(inputs)[1], prefill_chunk_size)
+        chunks = _chunks(cache, _new_tokens(inputs).shape[1], prefill_chunk_size)
         _refuse_media(inputs, chunks)
         _refuse_other_positions(cache, inputs.get("position_ids"))
         if len(chunks) == 1:
@@ -1272,9 +1266,15 @@ def _refuse_other_conversation(cache: SinkCache, input_ids: torch.Tensor, end: i
         )
 
 
-def _size(inputs: dict[str, Any]) -> tuple[int, int]:
-    """The rows and the new tokens of the model's inputs."""
-    return (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[:2]
+def _new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """The ids, or embeddings, of the new tokens among the model's inputs: `[batch, length, ...]`."""
+    return inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+
+
+def _natural_positions(cache: SinkCache, length: int) -> torch.Tensor:
+    """Which tokens of their rows the next `length` columns are, negative for padding: int64 `[rows, length]`."""
+    start = cache.get_seq_length()
+    return torch.arange(start, start + length) - torch.tensor(cache.pads)[:, None]
 
 
 def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -1322,14 +1322,14 @@ def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
 
 def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str, Any]) -> dict[str, Any]:
     """Fit the model's inputs for one update to the cache: positions that stay bounded, a mask over the kept keys."""
-    batch_size, length = _size(inputs)
+    tokens = _new_tokens(inputs)
+    batch_size, length = tokens.shape[:2]
     cache.bound_positions(length)
     step = cache.plan(cache.get_seq_length(), length)
     step.prepared = True
     positions = inputs.get("position_ids")
     if positions is None:
-        columns = torch.arange(step.start, step.start + length) - torch.tensor(cache.pads)[:, None]
-        inputs["position_ids"] = positions = columns.clamp(min=0).to(model.device)
+        positions = inputs["position_ids"] = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
     if any(cache.offsets):
         inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
     if any(cache.pads) or step.evicts:
@@ -1384,9 +1384,8 @@ def _refuse_other_positions(cache: SinkCache, positions: Optional[torch.Tensor])
     """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one each token."""
     if positions is None or positions.shape[-1] == 1:  # a single token is not looked at: that waits for the device
         return
-    start = cache.get_seq_length()
-    columns = torch.arange(start, start + positions.shape[-1]) - torch.tensor(cache.pads)[:, None]
-    if ((positions.cpu() != columns) & (columns >= 0)).any():
+    natural = _natural_positions(cache, positions.shape[-1])
+    if ((positions.cpu() != natural) & (natural >= 0)).any():
         raise ValueError(
             "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), and a "
             "stream moves its sinks by as many as there are tokens. Pass a prompt of text."

@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from custom_generate.generate import generate
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RELEASE = Version(transformers.__version__)
@@ -154,12 +156,24 @@ def small_model(config="llama", attn_implementation: str = "sdpa", **settings) -
     config = CONFIGS[config](**settings) if isinstance(config, str) else config
     with seeded():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    return sharpened(model)
+
+
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, with queries and keys made larger."""
     for name, parameter in model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")):
             parameter.data *= 8
         elif name.endswith(("q_norm.weight", "k_norm.weight")):  # these undo the scale of the projections
             parameter.data *= 1.5
     return model
+
+
+def stream(model: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int = 60, **kwargs):
+    """What `generate` samples, so that it never settles into a loop, past a window of 16 with 4 sinks."""
+    settings = dict(min_new_tokens=max_new_tokens, do_sample=True, return_dict_in_generate=True, output_logits=True)
+    with seeded():
+        return generate(model, 16, 4, input_ids=input_ids, max_new_tokens=max_new_tokens, **settings, **kwargs)
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, seeded, small_model
+from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AttentionInterface
 
@@ -58,12 +58,6 @@ with_states = pytest.mark.skipif(RELEASE < Version("5.15"), reason="until 5.14 t
 def hybrid(name: str, **settings):
     config = CONFIG_MAPPING[name](**{**SMALL, "head_dim": 16, **{**SLIDE, **KEEP_A_STATE}[name], **settings})
     return small_model(config, attn_implementation="eager" if name == "gpt_oss" else "sdpa")
-
-
-def stream(model, input_ids, max_new_tokens=60, **kwargs):
-    settings = dict(min_new_tokens=max_new_tokens, do_sample=True, return_dict_in_generate=True, output_logits=True)
-    with seeded():
-        return generate(model, 16, 4, input_ids=input_ids, max_new_tokens=max_new_tokens, **settings, **kwargs)
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -1,8 +1,11 @@
 """Models with a tower for images beside the language model: they stream text, and images where positions allow it."""
 
+import functools
+
+import helpers
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded
+from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded, sharpened
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
@@ -108,26 +111,11 @@ if RELEASE < Version("5.3"):  # where these are missing, or broken
 def model_with_a_tower(name: str):
     with seeded():
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name](**TOWERS[name])).eval().float()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith(("q_proj.weight", "k_proj.weight")):
-            parameter.data *= 8
-    return model
+    return sharpened(model)
 
 
-def stream(model, input_ids, max_new_tokens=60, **inputs):
-    with seeded():
-        return generate(
-            model,
-            16,
-            4,
-            input_ids=input_ids,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            suppress_tokens=[0, 208, 209, 210],
-            return_dict_in_generate=True,
-            output_logits=True,
-            **inputs,
-        )
+# Of text alone: neither padding nor what stands for an image.
+stream = functools.partial(helpers.stream, suppress_tokens=[0, 208, 209, 210])
 
 
 def an_image(model, name: str) -> tuple[torch.Tensor, dict]:
