@@ -144,27 +144,27 @@ class Rotation:
     interleaved: bool
     tensor: str
 
-    def cos_sin(self, distances: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for turning by `distances` positions, one a row: float32 `[rows, 1, 1, pairs]` each.
+    def pairs(self, keys: torch.Tensor) -> torch.Tensor:
+        """Those dimensions of `keys`, `[..., head_dim]`, that turn: a view, `[..., pairs, 2]`."""
+        pairs = self.frequencies.numel()
+        turning = keys[..., self.start : self.start + 2 * pairs]
+        return turning.unflatten(-1, (pairs, 2)) if self.interleaved else turning.unflatten(-1, (2, pairs)).mT
+
+    def turned(self, pairs: torch.Tensor, distances: list[int]) -> torch.Tensor:
+        """`pairs` (float32 `[..., rows, kv_heads, seq, pairs, 2]`), each row's turned by so many positions.
 
         The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
         """
-        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None] * self.frequencies
-        return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None, None] * self.frequencies[:, None]
+        cos, sin = torch.stack([angles.cos(), angles.sin()]).to(pairs.device, torch.float32)
+        across = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1)
+        return torch.addcmul(pairs * cos, across, sin)
 
-    def turn(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `keys` (`[batch, kv_heads, seq, head_dim]`) in float32; the result has their dtype: one rounding."""
-        turning = slice(self.start, self.start + 2 * self.frequencies.numel())
-        states = keys[..., turning].float()
-        first, second = (states[..., 0::2], states[..., 1::2]) if self.interleaved else states.chunk(2, dim=-1)
-        pairs = (first * cos - second * sin, second * cos + first * sin)
-        turned = keys.clone()
-        turned[..., turning] = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
-        return turned
-
-    def turn_back(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
-        """`turn` `keys` to positions that are `distances` lower, each row's."""
-        return self.turn(keys, *self.cos_sin([-distance for distance in distances], keys.device))
+    def turn(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
+        """Turn `keys` (`[rows, kv_heads, seq, head_dim]`) where they are, in float32: one rounding to their dtype."""
+        pairs = self.pairs(keys)
+        pairs.copy_(self.turned(pairs.float(), distances))
+        return keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class Reading:
     Args:
         dtype: the model's when it was read: casting a model rounds the frequencies in its buffers.
         rotations: how each layer turns its keys, None for one whose keys have no position.
-        caches: whether each layer has keys and values of text at all.
+        slots: shape, dtype and device of what each layer caches of text, alike in equal layers, empty if it is nothing.
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
         resumes: whether it goes on from a layer's state where it gets several tokens at once.
         counts: whether it counts positions on where it is given none.
@@ -182,7 +182,7 @@ class Reading:
 
     dtype: torch.dtype
     rotations: list[Optional[Rotation]]
-    caches: list[bool]
+    slots: list[tuple]
     fingerprint: torch.Tensor
     resumes: bool
     counts: bool
@@ -227,7 +227,7 @@ def read_model(model: PreTrainedModel) -> Reading:
     rotations = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
         explanations = [
-            _explain(first[tensor], second[tensor], distance, candidates(first[tensor].shape[-1], tensor))
+            _explain(first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor))
             for tensor in first
         ]
         turning = [rotation for _, rotation in explanations if rotation is not None]
@@ -249,20 +249,20 @@ def read_model(model: PreTrainedModel) -> Reading:
             f"`model` ({name}) can't be streamed: what its tokens see of each other changes when all move by the same "
             "distance (some models scale their queries by position), and a stream moves them to keep positions bounded."
         )
-    fingerprint = [cached for cached in before if cached][-1]["keys"].float()
-    caches = [bool(cached) for cached in before]
-    _readings[model] = Reading(model.dtype, rotations, caches, fingerprint, _resumes(model), _counts(model))
+    fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
+    slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
+    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, _resumes(model), _counts(model))
     return _readings[model]
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
-    """What each layer caches for four single tokens at `position`, on the CPU: `[4, kv_heads, 1, head_dim]` each."""
+    """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
     embeddings = model.get_input_embeddings().weight
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
     tokens = torch.tensor([[embeddings.shape[0] * part // 8] for part in (1, 3, 5, 7)], device=embeddings.device)
     cache = _own_cache(model.config)
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
-    return [{name: states.cpu() for name, states in layer.items()} for layer in _cached(cache)]
+    return _cached(cache)
 
 
 def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
@@ -391,7 +391,7 @@ def _explain(
     before, after = before.float(), after.float()
 
     def error(rotation: Optional[Rotation]) -> float:
-        turned = rotation.turn(before, *rotation.cos_sin([distance], before.device)) if rotation else before
+        turned = rotation.turn(before.clone(), [distance]) if rotation else before
         return float((turned - after).norm() / after.norm())
 
     best = min([None, *candidates], key=error)
@@ -448,8 +448,8 @@ class Step:
         self.shifts = [held - kept - offset for held, kept, offset in zip(self.held, self.kept, offsets)]
         self.evicts = any(held + new > window_length for held, new in zip(self.held, self.new))
         self.needs_mask = min(self.kept) < max(self.kept) or min(self.new) < length
+        self.slots = [self.slot(held) for held in self.held]  # of each row's first new token
         self.prepared = False  # whether the model was given positions and a mask made for this step
-        self._cos_sin: dict = {}
 
     def slot(self, token: int) -> int:
         """Where token number `token` of a row is stored."""
@@ -470,10 +470,6 @@ class Step:
     @functools.cached_property
     def stored(self) -> tuple:
         """`(rows, columns, slots)`: the new tokens `[rows, :, columns]` outlive this update, in `[rows, :, slots]`."""
-        agree = len(self.held) == 1
-        if agree and self.length == self.new[0] == 1:  # plain decoding: a view is faster than an index
-            slot = self.slot(self.held[0])
-            return slice(None), slice(None), slice(slot, slot + 1)
         room = self.window_length - self.num_sink_tokens
         entries = [
             (row, self.length - new + token - held, self.slot(token))
@@ -482,7 +478,7 @@ class Step:
             if token < self.num_sink_tokens or token >= held + new - room
         ]
         rows, columns, slots = torch.tensor(entries, dtype=torch.long).view(-1, 3).unbind(1)
-        return slice(None) if agree else rows, columns, slots
+        return slice(None) if len(self.held) == 1 else rows, columns, slots
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
@@ -496,55 +492,138 @@ class Step:
         mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
         return mask[:, None].to(device)
 
-    def cos_sin(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotation.cos_sin` for this step's sinks, computed once for all layers that turn alike."""
-        if (rotation, device) not in self._cos_sin:
-            self._cos_sin[rotation, device] = rotation.cos_sin(self.shifts, device)
-        return self._cos_sin[rotation, device]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One layer's keys and values
+# The slots, and one layer's keys and values
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class SinkLayer(CacheLayerMixin):
-    """The sinks and the window of one attention layer.
+class Ring:
+    """The slots of equal layers, in one piece of memory: their sinks move together, once a step.
 
     RoPE sees only differences of positions, so moving the window back as tokens leave it is the same as moving the
     sinks forward: the window's keys stay as the model made them, and the few sinks are turned anew at each step, always
-    from what the model made. `keys` and `values` are `[batch, kv_heads, window_length, head_dim]`, in ring order.
+    from what the model made.
 
     Args:
         window_length, num_sink_tokens: of the cache.
-        rotation: how this layer turns its keys; None if it doesn't.
+        rotation: how these layers turn their keys; None if they don't.
+
+    Attributes:
+        keys, values: `[layers, batch, kv_heads, window_length, head_dim]`.
+        rows, slots: where compiled code writes each row's token: int64 `[batch]`.
+    """
+
+    def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
+        self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
+        self.layers: list[Optional[SinkLayer]] = []  # None for one that left
+        self.keys = self.values = None
+        # What turns of the sinks as the model made it, once that in the slots was moved:
+        self.sinks: Optional[torch.Tensor] = None  # float32 `[layers, batch, kv_heads, sinks, pairs, 2]`
+        self.shifts = [0]  # how far the sinks in the slots were moved, each row's
+
+    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
+        self.hold(
+            *(
+                states.new_zeros(len(self.layers), *states.shape[:2], self.window_length, states.shape[-1])
+                for states in (key_states, value_states)
+            )
+        )
+        if self.rotation is not None:
+            self.sinks = torch.zeros_like(self._turning(slice(0, self.num_sink_tokens)), dtype=torch.float32)
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over `keys` and `values`."""
+        self.keys, self.values = keys, values
+        self.rows = torch.arange(keys.shape[1], device=keys.device)
+        self.slots = torch.zeros_like(self.rows)
+        for layer, layer_keys, layer_values in zip(self.layers, keys, values):
+            if layer is not None:
+                layer.keys, layer.values = layer_keys, layer_values
+            for tensor in (layer_keys, layer_values, self.rows, self.slots):
+                # So that CUDA graphs write into it; without a guard, as another cache needs no other code.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.replace(lambda states: states)  # what the layers have are views, and come without
+
+    def replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `function(tensor)` in the place of each tensor held."""
+        if self.keys is not None:
+            self.hold(function(self.keys), function(self.values))
+            self.sinks = None if self.sinks is None else function(self.sinks)
+
+    def _turning(self, slots: slice) -> torch.Tensor:
+        """What turns in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
+        turning = self.values if self.rotation.tensor == "values" else self.keys
+        return self.rotation.pairs(turning[:, :, :, slots])
+
+    def move_sinks(self, shifts: list[int]) -> None:
+        """Put each row's sinks so far from where the model did, if they are not there."""
+        moves = shifts != self.shifts and (any(shifts) or any(self.shifts))
+        if not moves or self.rotation is None or self.num_sink_tokens == 0:
+            return
+        in_slots = self._turning(slice(0, self.num_sink_tokens))
+        if not all(self.shifts):  # those of some rows have not moved yet
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
+            self.sinks = in_slots.float().where(unmoved[:, None, None, None, None], self.sinks)
+        in_slots.copy_(self.rotation.turned(self.sinks, shifts))
+        self.shifts = shifts
+
+    def shift_back(self, distances: list[int]) -> None:
+        """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
+        if self.rotation is not None and self.keys is not None:
+            for window in self._turning(slice(self.num_sink_tokens, None)):  # by layers: less memory in between
+                window.copy_(self.rotation.turned(window.float(), [-distance for distance in distances]))
+
+    def reorder(self, indices: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `indices[i]` was."""
+        self.replace(lambda states: states.index_select(1, indices.to(states.device)))
+        if len(self.shifts) > 1:
+            self.shifts = [self.shifts[row] for row in indices.tolist()]
+
+
+class SinkLayer(CacheLayerMixin):
+    """The sinks and the window of one attention layer, which it keeps in a `Ring` with its equals.
+
+    `keys` and `values` are `[batch, kv_heads, window_length, head_dim]`, by slots.
     """
 
     is_sliding = False
+    keys = values = None
 
-    def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
+    def __init__(self, ring: Ring):
         super().__init__()
-        self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
-        self.keys = self.values = None
-        # What turns of the sinks, as the model made it, once that in the ring was moved.
-        self.sinks: Optional[torch.Tensor] = None
-        self.shifts = [0]  # how far the sinks in the ring were moved, each row's
+        self.ring = ring
+        ring.layers.append(self)
         self.seen = 0  # columns
         self.is_initialized = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The ring brings keys and values along.
+        return {name: value for name, value in vars(self).items() if name not in ("keys", "values")}
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.window_length, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-        self.sinks = self._turning[:, :, : self.num_sink_tokens].clone()
+        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, where they are."""
+        device = key_states.device
+        if self.keys is None:
+            self.ring.allocate(key_states, value_states)
+        elif self.keys.device != device and self.ring.layers[0] is self:  # the conversation was held elsewhere
+            self.ring.replace(lambda states: states.to(device))
+        elif self.keys.device != device:  # and its layers are in several places now
+            self._leave(device)
         self.is_initialized = True
 
-    @property
-    def _turning(self) -> torch.Tensor:
-        """That of `keys` and `values` which turns."""
-        return self.values if self.rotation is not None and self.rotation.tensor == "values" else self.keys
+    def _leave(self, device: torch.device) -> None:
+        """Take this layer out of its ring, into one of its own on `device`."""
+        old, index = self.ring, self.ring.layers.index(self)
+        old.layers[index] = None
+        ring = self.ring = Ring(old.window_length, old.num_sink_tokens, old.rotation)
+        ring.layers, ring.shifts = [self], old.shifts
+        ring.sinks = None if old.sinks is None else old.sinks[index, None].to(device)
+        ring.hold(self.keys[None].to(device), self.values[None].to(device))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -552,59 +631,41 @@ class SinkLayer(CacheLayerMixin):
         """Take in `step.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
 
         Returns:
-            Keys and values, `[batch, kv_heads, step.num_keys, head_dim]`: a view of the ring for one token, and in the
+            Keys and values, `[batch, kv_heads, step.num_keys, head_dim]`: a view of the slots for one token, and in the
             order of the sequence, new tokens last, for several.
         """
-        key_states, value_states = key_states.detach(), value_states.detach()  # the ring outlives any autograd graph
-        if not self.is_initialized:
+        key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
+        if not self.is_initialized or self.keys.device != key_states.device:
             SinkLayer.lazy_initialization(self, key_states, value_states)
-        elif self.keys.device != key_states.device:  # the conversation was held elsewhere
-            self._replace(lambda states: states.to(key_states.device))
-        self._move_sinks(step)
+        self.ring.move_sinks(step.shifts)
         keys, values = key_states, value_states
         if step.length > 1 and max(step.kept) > 0:
             keys = torch.cat([self._attended(self.keys, step), keys], dim=2)
             values = torch.cat([self._attended(self.values, step), values], dim=2)
-        rows, columns, slots = step.stored
-        self.keys[rows, :, slots] = key_states[rows, :, columns]
-        self.values[rows, :, slots] = value_states[rows, :, columns]
+        if step.length == len(step.held) == 1:  # plain decoding: a view is faster than an index
+            slot = slice(step.slots[0], step.slots[0] + 1)
+            self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
+        else:
+            rows, columns, slots = step.stored
+            self.keys[rows, :, slots] = key_states[rows, :, columns]
+            self.values[rows, :, slots] = value_states[rows, :, columns]
         self.seen = step.start + step.length
-        if step.length == 1:
-            keys, values = self.keys[:, :, : step.num_keys], self.values[:, :, : step.num_keys]
-        return keys, values
+        if step.length > 1:
+            return keys, values
+        if step.num_keys == self.ring.window_length:
+            return self.keys, self.values
+        return self.keys[:, :, : step.num_keys], self.values[:, :, : step.num_keys]
 
-    def _move_sinks(self, step: Step) -> None:
-        """Put the sinks directly before the oldest token that this step attends to."""
-        if self.rotation is None or self.num_sink_tokens == 0 or not (any(step.shifts) or any(self.shifts)):
-            return
-        in_ring = self._turning[:, :, : self.num_sink_tokens]
-        if not all(self.shifts):  # those of some rows have not moved yet
-            unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_ring.device)[:, None, None, None]
-            self.sinks = torch.where(unmoved, in_ring, self.sinks)
-        in_ring.copy_(self.rotation.turn(self.sinks, *step.cos_sin(self.rotation, in_ring.device)))
-        self.shifts = step.shifts
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` with one token, in tensors alone: each row's goes into `ring.slots`; all slots are returned."""
+        self.keys[self.ring.rows, :, self.ring.slots] = key_states[:, :, 0]
+        self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
+        return self.keys, self.values
 
     @staticmethod
     def _attended(buffer: torch.Tensor, step: Step) -> torch.Tensor:
         batch, heads, _, head_dim = buffer.shape
         return buffer.gather(2, step.attended.to(buffer.device)[:, None, :, None].expand(batch, heads, -1, head_dim))
-
-    def shift_back(self, distances: list[int]) -> None:
-        """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
-        if self.rotation is not None:
-            window = self._turning[:, :, self.num_sink_tokens :]
-            window.copy_(self.rotation.turn_back(window, distances))
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `beam_idx[i]` was."""
-        self._replace(lambda states: states.index_select(0, beam_idx.to(states.device)))
-        if len(self.shifts) > 1:
-            self.shifts = [self.shifts[row] for row in beam_idx.tolist()]
-
-    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put `function(tensor)` in the place of each tensor held."""
-        if self.is_initialized:
-            self.keys, self.values, self.sinks = map(function, (self.keys, self.values, self.sinks))
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and padding included."""
@@ -612,14 +673,14 @@ class SinkLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """The most tokens kept."""
-        return self.window_length
+        return self.ring.window_length
 
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
         """How many keys an update returns for so many new tokens, without padding, and the column of the first."""
-        length = _query_length(sizes)
-        num_keys = Step(self.window_length, self.num_sink_tokens, self.seen, length, [0], [0]).num_keys
+        length, ring = _query_length(sizes), self.ring
+        num_keys = Step(ring.window_length, ring.num_sink_tokens, self.seen, length, [0], [0]).num_keys
         return num_keys, self.seen + length - num_keys
 
 
@@ -628,21 +689,16 @@ class StateAndSinkLayer(SinkLayer, StateLayer):
 
     Args:
         number_of_states: how many states it has.
-        kwargs: of `SinkLayer`.
+        ring: of `SinkLayer`.
     """
 
-    def __init__(self, number_of_states: int, **kwargs):
-        SinkLayer.__init__(self, **kwargs)
+    def __init__(self, number_of_states: int, ring: Ring):
+        SinkLayer.__init__(self, ring)
         StateLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, **kwargs) -> None:
         """Allocate for a state; `SinkLayer.update` sees to the keys and values."""
         StateLayer.lazy_initialization(self, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `beam_idx[i]` was."""
-        SinkLayer.reorder_cache(self, beam_idx)
-        StateLayer.reorder_cache(self, beam_idx)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,6 +748,8 @@ class SinkCache(Cache):
         ValueError: not `0 <= num_sink_tokens < window_length`.
     """
 
+    is_compileable = False  # but in `generate`, which prepares each step: see `_streaming`
+
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
         for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -715,6 +773,8 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; a bound cache stays bound."""
         self.layers = copy.deepcopy(self._new_layers)
+        self.static = False  # whether compiled code writes the next token
+        self._slots_mask: Optional[torch.Tensor] = None
         self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
         self.offsets = [0]  # by how much each row's positions are lowered
         self.step: Optional[Step] = None
@@ -773,6 +833,10 @@ class SinkCache(Cache):
         return bool(self.layers)
 
     @property
+    def _rings(self) -> list[Ring]:
+        return list(dict.fromkeys(layer.ring for layer in self.layers if isinstance(layer, SinkLayer)))
+
+    @property
     def _sinks_only(self) -> bool:
         """Whether no layer slides, or keeps a state, by itself."""
         return all(type(layer) is SinkLayer for layer in self.layers)
@@ -790,6 +854,7 @@ class SinkCache(Cache):
         """Bytes of memory that the cache's tensors take."""
         if self.is_bound:
             tensors = [tensor for layer in self.layers for tensor in _tensors(layer).values()]
+            tensors += [ring.sinks for ring in self._rings if ring.sinks is not None]
         else:
             tensors = self.key_cache + self.value_cache
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -823,6 +888,8 @@ class SinkCache(Cache):
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
         layer = self.layers[layer_idx]
+        if self.static:
+            return layer.write(key_states, value_states)
         if not isinstance(layer, SinkLayer):
             return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
         step = self.plan(layer.seen, key_states.shape[2])
@@ -905,14 +972,36 @@ class SinkCache(Cache):
             for held, new, offset in zip(step.held, step.new, self.offsets)
         ]
         if any(distances):
+            for ring in self._rings:
+                ring.shift_back(distances)
             for layer, rotation in zip(self.layers, self._rotations):
-                if isinstance(layer, SinkLayer):
-                    layer.shift_back(distances)
-                elif rotation is not None and layer.is_initialized:
-                    states = getattr(layer, rotation.tensor)
-                    setattr(layer, rotation.tensor, rotation.turn_back(states, distances))
+                if not isinstance(layer, SinkLayer) and rotation is not None and layer.is_initialized:
+                    states = getattr(layer, rotation.tensor).clone()
+                    setattr(layer, rotation.tensor, rotation.turn(states, [-distance for distance in distances]))
             self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
             self.step = None
+
+    def point_slots(self, step: Step, model: PreTrainedModel) -> torch.Tensor:
+        """Do what compiled code leaves out of a `step` of one token, which are all the numbers; return its mask.
+
+        The mask is additive, `[rows, 1, 1, window_length]`, and hides the slots that are not filled yet. It stays when
+        all are: without a mask, the code would be another.
+        """
+        for ring in self._rings:
+            ring.move_sinks(step.shifts)
+            ring.slots.copy_(torch.tensor(step.slots))
+        if self._slots_mask is None:
+            filled = torch.tensor(step.held)[:, None] >= torch.arange(self.window_length)
+            mask = torch.zeros(filled.shape, dtype=model.dtype).masked_fill_(~filled, torch.finfo(model.dtype).min)
+            self._slots_mask = mask[:, None, None].to(model.device)
+        elif min(step.held) < self.window_length:
+            self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
+        return self._slots_mask
+
+    def written(self) -> None:
+        """Count the token that compiled code wrote."""
+        for layer in self.layers:
+            layer.seen = self.step.start + 1
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, padding included, if bound; tokens stored if not."""
@@ -950,8 +1039,13 @@ class SinkCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
+        for ring in self._rings:
+            ring.reorder(indices)
         for layer in self.layers:
-            layer.reorder_cache(indices)
+            if not isinstance(layer, SinkLayer):
+                layer.reorder_cache(indices)
+            elif isinstance(layer, StateLayer):
+                StateLayer.reorder_cache(layer, indices)
         self._unbound.select_rows(indices)
         if self.latest_ids is not None:
             self.latest_ids = self.latest_ids.index_select(0, indices.to(self.latest_ids.device))
@@ -1009,6 +1103,8 @@ class SinkCache(Cache):
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        for ring in self._rings:  # as the model made them, which is all that there is to know
+            ring.move_sinks([0])
         tensors = {"fingerprint": self._fingerprint}
         if self.latest_ids is not None:
             tensors["latest_ids"] = self.latest_ids
@@ -1016,7 +1112,6 @@ class SinkCache(Cache):
             tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in _tensors(layer).items()}
         state = {name: getattr(self, name) for name in SAVED_STATE}
         state["seen"] = self.get_seq_length()
-        state["shifts"] = [getattr(layer, "shifts", None) for layer in self.layers]
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
 
@@ -1037,12 +1132,12 @@ class SinkCache(Cache):
         _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
         cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
         cache.latest_ids = tensors.get("latest_ids")
-        for layer_idx, (layer, shifts) in enumerate(zip(cache.layers, state["shifts"])):
+        for layer_idx, layer in enumerate(cache.layers):
             held = {}
             for name, tensor in tensors.items():
                 if name.rpartition(".")[2] == str(layer_idx):
                     held[name.rpartition(".")[0]] = tensor.to(model.device)
-            _hold(layer, held, state["seen"], shifts)
+            _hold(layer, held, state["seen"])
         return cache
 
 
@@ -1058,32 +1153,36 @@ def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> No
 def _layers(model: PreTrainedModel, window_length: int, num_sink_tokens: int, reading: Reading) -> list:
     """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
     own = [] if _slides_everywhere(model) else _own_layers(model)
-    layers = []
-    for layer, rotation, caches in itertools.zip_longest(own, reading.rotations, reading.caches):
-        settings = dict(window_length=window_length, num_sink_tokens=num_sink_tokens, rotation=rotation)
+    layers, rings = [], {}
+    for layer, rotation, slots in itertools.zip_longest(own, reading.rotations, reading.slots):
+        if (rotation, slots) not in rings:
+            rings[rotation, slots] = Ring(window_length, num_sink_tokens, rotation)
+        ring = rings[rotation, slots]
         # A layer that caches nothing of text is for what comes beside it, as images.
-        if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not caches):
+        if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not slots):
             layers.append(layer)
         elif isinstance(layer, StateLayer):
-            layers.append(StateAndSinkLayer(layer.number_of_states, **settings))
+            layers.append(StateAndSinkLayer(layer.number_of_states, ring))
         else:
-            layers.append(SinkLayer(**settings))
+            layers.append(SinkLayer(ring))
     return layers
 
 
 def _tensors(layer: Any) -> dict[str, torch.Tensor]:
     """All that a layer holds, by name."""
-    tensors = {name: getattr(layer, name, None) for name in ("keys", "values", "sinks")}
+    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
     for name in ("conv_states", "recurrent_states"):
         tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int, shifts: Optional[list[int]]) -> None:
+def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
     """Make a new layer what it was when it held these `_tensors`."""
     if isinstance(layer, SinkLayer):
-        layer.keys, layer.values, layer.sinks = tensors["keys"], tensors["values"], tensors["sinks"]
-        layer.seen, layer.shifts, layer.is_initialized = seen, shifts, True
+        SinkLayer.lazy_initialization(layer, tensors["keys"], tensors["values"])
+        layer.keys.copy_(tensors["keys"])
+        layer.values.copy_(tensors["values"])
+        layer.seen = seen
     elif "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
         layer.cumulative_length = seen
@@ -1186,6 +1285,9 @@ class UnboundLayers:
 PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
 PER_TOKEN_INPUTS |= {"position_ids": -1, "cache_position": -1}
 
+# What `generate` appends to at each step, beside its ids and the mask.
+GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
+
 
 def _streaming(
     model: PreTrainedModel, cache: SinkCache, left_out: int, prefill_chunk_size: Optional[int], prefill_progress: bool
@@ -1202,7 +1304,8 @@ def _streaming(
     # A model loaded from a repository that carries this file has `generate` below in its own place.
     stand_in.__dict__.pop("generate", None)
     prepare = model.prepare_inputs_for_generation
-    begun = False
+    update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
+    begun = compiled = False
 
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -1210,26 +1313,67 @@ def _streaming(
         if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
             return prepare(input_ids, *args, **kwargs)
         start, end = cache.get_seq_length(), left_out + input_ids.shape[1]
-        if not begun:
+        prompt, begun = not begun, True
+        cache.static = compiled and not prompt
+        if prompt:
             _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
             _refuse_other_conversation(cache, input_ids, end)
-            begun = True
         cache.latest_ids, cache.latest_end = input_ids, end
         _count_columns(kwargs, start, end, input_ids.device)
         inputs = prepare(input_ids, *args, **kwargs)
         if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
+        if not prompt:
+            return _inputs_for_step(stand_in, cache, inputs)
         chunks = _chunks(cache, _new_tokens(inputs).shape[1], prefill_chunk_size)
         _refuse_media(inputs, chunks)
         _refuse_other_positions(cache, inputs.get("position_ids"))
-        if len(chunks) == 1:
-            return _inputs_for_step(stand_in, cache, inputs)
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
         return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
 
+    def update_model_kwargs(*args, **kwargs) -> dict[str, Any]:
+        """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
+        kwargs = update(*args, **kwargs)
+        if kwargs.get("past_key_values") is not cache:
+            return kwargs
+        kwargs.pop("attention_mask", None)
+        growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
+        return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
+
+    def valid_auto_compile_criteria(model_kwargs: dict[str, Any], *args) -> bool:
+        """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
+        nonlocal compiled
+        cache.is_compileable = _is_compileable(model, cache)
+        try:
+            valid = criteria(model_kwargs, *args)
+        finally:
+            cache.is_compileable = False
+        compiled = valid and model_kwargs.get("past_key_values") is cache
+        return valid
+
+    def get_compiled_call(compile_config: Any) -> Callable:
+        call = type(model).get_compiled_call(stand_in, compile_config)
+
+        @functools.wraps(call)
+        def compiled_call(**inputs) -> Any:
+            outputs = call(**inputs)
+            if inputs.get("past_key_values") is cache:
+                cache.written()
+            return outputs
+
+        return compiled_call
+
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
+    stand_in._update_model_kwargs_for_generation = update_model_kwargs
+    stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
+    stand_in.get_compiled_call = get_compiled_call
     return stand_in
+
+
+def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
+    """Whether the model's code for one token can be compiled with this cache, as transformers does it by itself."""
+    return cache._sinks_only and _takes_masks(model) and getattr(model, "_can_compile_fullgraph", True)
 
 
 def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
@@ -1329,19 +1473,22 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     step.prepared = True
     positions = inputs.get("position_ids")
     if positions is None:
-        positions = inputs["position_ids"] = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
+        positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
     if any(cache.offsets):
-        inputs["position_ids"] = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
-    if any(cache.pads) or step.evicts:
-        attn_implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
-        flash = "flash" in attn_implementation
-        if step.needs_mask and flash:
-            raise ValueError(
-                "`attention_mask` has padding, which needs a mask over the kept tokens that "
-                f'`attn_implementation="{attn_implementation}"` does not take. Load the model with "sdpa".'
-            )
+        positions = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
+    inputs["position_ids"] = positions
+    if cache.static:
+        # Strides that depend on how many tokens there were would have the code compiled again.
+        inputs["position_ids"] = positions.clone(memory_format=torch.contiguous_format)
+        inputs["attention_mask"] = cache.point_slots(step, model)
+    elif any(cache.pads) or step.evicts:
         inputs["attention_mask"] = None
-        if step.needs_mask or not (MASKS_FOLLOW_THE_CACHE or flash):
+        if step.needs_mask and not _takes_masks(model):
+            raise ValueError(
+                "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
+                '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
+            )
+        if step.needs_mask or (not MASKS_FOLLOW_THE_CACHE and _takes_masks(model)):
             inputs["attention_mask"] = step.mask(model.dtype, model.device)
         if any(cache.pads) and not cache._sinks_only:
             attended = torch.arange(step.start + length) >= torch.tensor(cache.pads)[:, None]
@@ -1359,6 +1506,11 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
                 },
             }
     return inputs
+
+
+def _takes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes a mask over keys, which flash attention doesn't."""
+    return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def _refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
@@ -1454,6 +1606,8 @@ def generate(
     try:
         return type(model).generate(stand_in, past_key_values=cache, **kwargs)
     finally:
+        cache.static, cache._slots_mask = False, None
+        vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
 

@@ -210,3 +210,13 @@ def test_cropping_what_evicted_is_refused():
         with pytest.raises(ValueError, match=f"`max_length` must leave a token.*got {max_length} of 10.*`reset"):
             cache.crop(max_length)
     assert cache.get_seq_length() == 10
+
+
+def test_layers_that_are_in_several_places_now():
+    model, cache, sequences, expected = a_conversation(40, rows=2, max_position_embeddings=20)
+    for layer in cache.layers[1:]:  # as one does that meets keys of another device
+        layer._leave(layer.keys.device)
+    assert len({id(layer.ring) for layer in cache.layers}) == len(cache.layers)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    assert torch.equal(next_tokens(model, cache, sequences), expected)

@@ -284,7 +284,7 @@ def _kinds(model: PreTrainedModel, layers: list) -> list[str]:
     for index, layer in enumerate(layers):
         if not getattr(layer, "is_initialized", True):
             kinds[index] = "unused"
-        elif isinstance(layer, SinkLayer) and layer.rotation is None:
+        elif isinstance(layer, SinkLayer) and layer.ring.rotation is None:
             kinds[index] = f"position-free {kinds[index]}".removesuffix(" full")
     return kinds
 
