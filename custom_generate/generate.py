@@ -516,7 +516,7 @@ class Ring:
 
     def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
         self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
-        self.layers: list[Optional[SinkLayer]] = []  # None for one that left
+        self.num_layers = 0
         self.keys = self.values = None
         # What turns of the sinks as the model made it, once that in the slots was moved:
         self.sinks: Optional[torch.Tensor] = None  # float32 `[layers, batch, kv_heads, sinks, pairs, 2]`
@@ -526,7 +526,7 @@ class Ring:
         """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
         self.hold(
             *(
-                states.new_zeros(len(self.layers), *states.shape[:2], self.window_length, states.shape[-1])
+                states.new_zeros(self.num_layers, *states.shape[:2], self.window_length, states.shape[-1])
                 for states in (key_states, value_states)
             )
         )
@@ -538,16 +538,7 @@ class Ring:
         self.keys, self.values = keys, values
         self.rows = torch.arange(keys.shape[1], device=keys.device)
         self.slots = torch.zeros_like(self.rows)
-        for layer, layer_keys, layer_values in zip(self.layers, keys, values):
-            if layer is not None:
-                layer.keys, layer.values = layer_keys, layer_values
-            for tensor in (layer_keys, layer_values, self.rows, self.slots):
-                # So that CUDA graphs write into it; without a guard, as another cache needs no other code.
-                torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.replace(lambda states: states)  # what the layers have are views, and come without
+        _write_where_it_is(self.rows, self.slots)
 
     def replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `function(tensor)` in the place of each tensor held."""
@@ -585,6 +576,12 @@ class Ring:
             self.shifts = [self.shifts[row] for row in indices.tolist()]
 
 
+def _write_where_it_is(*tensors: torch.Tensor) -> None:
+    """Have CUDA graphs write into these tensors. Without a guard: for another cache's, the code stays the same."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 class SinkLayer(CacheLayerMixin):
     """The sinks and the window of one attention layer, which it keeps in a `Ring` with its equals.
 
@@ -596,34 +593,45 @@ class SinkLayer(CacheLayerMixin):
 
     def __init__(self, ring: Ring):
         super().__init__()
-        self.ring = ring
-        ring.layers.append(self)
+        self.ring, self.index = ring, ring.num_layers
+        ring.num_layers += 1
         self.seen = 0  # columns
         self.is_initialized = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # The ring brings keys and values along.
         return {name: value for name, value in vars(self).items() if name not in ("keys", "values")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.look()  # copies of views would be no views
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, where they are."""
-        device = key_states.device
-        if self.keys is None:
-            self.ring.allocate(key_states, value_states)
-        elif self.keys.device != device and self.ring.layers[0] is self:  # the conversation was held elsewhere
-            self.ring.replace(lambda states: states.to(device))
-        elif self.keys.device != device:  # and its layers are in several places now
-            self._leave(device)
+        ring, device = self.ring, key_states.device
+        if ring.keys is None:
+            ring.allocate(key_states, value_states)
+        elif ring.keys.device != device and self.index == 0:  # the conversation was held elsewhere
+            ring.replace(lambda states: states.to(device))
+        elif ring.keys.device != device:  # and its layers are in several places now
+            self.leave(device)
         self.is_initialized = True
+        self.look()
 
-    def _leave(self, device: torch.device) -> None:
-        """Take this layer out of its ring, into one of its own on `device`."""
-        old, index = self.ring, self.ring.layers.index(self)
-        old.layers[index] = None
-        ring = self.ring = Ring(old.window_length, old.num_sink_tokens, old.rotation)
-        ring.layers, ring.shifts = [self], old.shifts
-        ring.sinks = None if old.sinks is None else old.sinks[index, None].to(device)
-        ring.hold(self.keys[None].to(device), self.values[None].to(device))
+    def look(self) -> None:
+        """Take over what the ring holds of this layer."""
+        if self.is_initialized:
+            self.keys, self.values = self.ring.keys[self.index], self.ring.values[self.index]
+            _write_where_it_is(self.keys, self.values)
+
+    def leave(self, device: torch.device) -> None:
+        """Take this layer's part out of its ring, into a ring of its own on `device`."""
+        old, part = self.ring, slice(self.index, self.index + 1)
+        ring = Ring(old.window_length, old.num_sink_tokens, old.rotation)
+        ring.keys, ring.values, ring.shifts = old.keys[part], old.values[part], old.shifts
+        ring.sinks = None if old.sinks is None else old.sinks[part]
+        ring.replace(lambda states: states.to(device))
+        self.ring, self.index = ring, 0
+        self.look()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -1042,10 +1050,12 @@ class SinkCache(Cache):
         for ring in self._rings:
             ring.reorder(indices)
         for layer in self.layers:
-            if not isinstance(layer, SinkLayer):
+            if isinstance(layer, SinkLayer):
+                layer.look()
+                if isinstance(layer, StateLayer):
+                    StateLayer.reorder_cache(layer, indices)
+            else:
                 layer.reorder_cache(indices)
-            elif isinstance(layer, StateLayer):
-                StateLayer.reorder_cache(layer, indices)
         self._unbound.select_rows(indices)
         if self.latest_ids is not None:
             self.latest_ids = self.latest_ids.index_select(0, indices.to(self.latest_ids.device))

@@ -1,6 +1,8 @@
 """`generate` with a sink cache is `model.generate` in all but what it forgets."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -129,6 +131,19 @@ def test_memory_is_the_same_from_the_first_token_to_the_last():
     cache = SinkCache(16, 4)
     generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=300, streamer=Sizes())
     assert len(set(sizes[1:])) == 1 and sizes[-1] > 0
+
+
+def test_memory_is_given_back_with_the_cache():
+    gc.collect()
+    gc.disable()  # which would come too late for a GPU
+    try:
+        cache = SinkCache(16, 4)
+        generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=20)
+        keys = weakref.ref(cache._rings[0].keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_a_streamer_gets_each_token_as_it_comes():
