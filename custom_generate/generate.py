@@ -524,12 +524,11 @@ class Ring:
 
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
-        self.hold(
-            *(
-                states.new_zeros(self.num_layers, *states.shape[:2], self.window_length, states.shape[-1])
-                for states in (key_states, value_states)
-            )
+        keys, values = (
+            states.new_zeros(self.num_layers, *states.shape[:2], self.window_length, states.shape[-1])
+            for states in (key_states, value_states)
         )
+        self.hold(keys, values)
         if self.rotation is not None:
             self.sinks = torch.zeros_like(self._turning(slice(0, self.num_sink_tokens)), dtype=torch.float32)
 
@@ -650,7 +649,7 @@ class SinkLayer(CacheLayerMixin):
         if step.length > 1 and max(step.kept) > 0:
             keys = torch.cat([self._attended(self.keys, step), keys], dim=2)
             values = torch.cat([self._attended(self.values, step), values], dim=2)
-        if step.length == len(step.held) == 1:  # plain decoding: a view is faster than an index
+        if step.length == 1 and step.new == [1]:  # plain decoding: a view is faster than an index
             slot = slice(step.slots[0], step.slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
         else:

@@ -1,5 +1,6 @@
 """`generate` with a sink cache is `model.generate` in all but what it forgets."""
 
+import functools
 import gc
 import threading
 import weakref
@@ -7,7 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, prompt, seeded, small_model
+from helpers import RELEASE, left_padded, prompt, seeded, small_model
 from packaging.version import Version
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -131,6 +132,22 @@ def test_memory_is_the_same_from_the_first_token_to_the_last():
     cache = SinkCache(16, 4)
     generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=300, streamer=Sizes())
     assert len(set(sizes[1:])) == 1 and sizes[-1] > 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_but_the_ids_grows_as_it_generates(padded):
+    model, sizes = small_model(), []
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def weighed(input_ids, *args, **kwargs):
+        sizes.append(sum(value.numel() for value in kwargs.values() if isinstance(value, torch.Tensor)))
+        return prepare(input_ids, *args, **kwargs)
+
+    model.prepare_inputs_for_generation = weighed
+    inputs = left_padded([prompt(9), prompt(3 if padded else 9, seed=1)])
+    generate(model, 16, 4, **inputs, max_new_tokens=40)
+    assert sizes[0] >= 18 and max(sizes[1:]) <= 4
 
 
 def test_memory_is_given_back_with_the_cache():
