@@ -1327,6 +1327,8 @@ def _streaming(
         if prompt:
             _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
             _refuse_other_conversation(cache, input_ids, end)
+        elif kwargs.get("position_ids") is None:  # until 5.3, made of the mask that `update_model_kwargs` takes away
+            kwargs["position_ids"] = _natural_positions(cache, 1).to(input_ids.device).expand(len(input_ids), -1)
         cache.latest_ids, cache.latest_end = input_ids, end
         _count_columns(kwargs, start, end, input_ids.device)
         inputs = prepare(input_ids, *args, **kwargs)
