@@ -55,8 +55,15 @@ prompt: .venv/ready $(MODEL)
 prefill decode flat: .venv/ready $(MODEL)
 	.venv/bin/python benchmarks/$@.py $(ARGS)
 
-update endless peers: .venv/ready
+update endless: .venv/ready
 	.venv/bin/python benchmarks/$@.py $(ARGS)
+
+peers: .venv/ready .cache/plot
+	PYTHONPATH=.cache/plot .venv/bin/python benchmarks/peers.py $(ARGS)
+
+# Apart, because with what it brings along transformers builds other models than `make architectures` wrote down.
+.cache/plot: | .venv/ready
+	.venv/bin/pip install --quiet --target $@ matplotlib
 
 architectures: .venv/ready
 	.venv/bin/python tools/architectures.py $(ARGS)
