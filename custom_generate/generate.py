@@ -577,8 +577,9 @@ class Ring:
 
 def _write_where_it_is(*tensors: torch.Tensor) -> None:
     """Have CUDA graphs write into these tensors. Without a guard: for another cache's, the code stays the same."""
-    for tensor in tensors:
-        torch._dynamo.mark_static_address(tensor, guard=False)
+    if not torch.compiler.is_compiling():  # as a prompt is, if it was the user who compiled the model
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 class SinkLayer(CacheLayerMixin):
