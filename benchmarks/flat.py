@@ -5,7 +5,7 @@
     make flat ARGS="--generate"                             in one call of `generate`, and not in a loop of one's own
 
 For each tenth of the stream: the median time of a token, and what the process (or the GPU) holds at its end. A call of
-`generate` keeps all ids and their mask: how much that is has a column of its own.
+`generate` keeps all ids: how much of what it hands to a step grows has a column of its own.
 """
 
 import argparse

@@ -419,6 +419,11 @@ def _trained_length(config: Any) -> Optional[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask that attention adds to its scores where it `attends` or not."""
+    return torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
+
+
 class Step:
     """The plan of one update, the same for every layer: plain integers, so that nothing waits for the device.
 
@@ -489,8 +494,7 @@ class Step:
         else:
             old = (torch.arange(max(self.kept)) < kept).expand(-1, self.length, -1)
             attends = torch.cat([old, (column <= column[:, None]) & (column >= self.length - new)], dim=-1)
-        mask = torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
-        return mask[:, None].to(device)
+        return _additive(attends[:, None], dtype).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1000,8 +1004,7 @@ class SinkCache(Cache):
             ring.slots.copy_(torch.tensor(step.slots))
         if self._slots_mask is None:
             filled = torch.tensor(step.held)[:, None] >= torch.arange(self.window_length)
-            mask = torch.zeros(filled.shape, dtype=model.dtype).masked_fill_(~filled, torch.finfo(model.dtype).min)
-            self._slots_mask = mask[:, None, None].to(model.device)
+            self._slots_mask = _additive(filled[:, None, None], model.dtype).to(model.device)
         elif min(step.held) < self.window_length:
             self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
         return self._slots_mask
@@ -1486,9 +1489,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     positions = inputs.get("position_ids")
     if positions is None:
         positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
-    if len(cache.offsets) == 1:
-        positions = positions - cache.offsets[0]
-    elif any(cache.offsets):
+    if any(cache.offsets):
         positions = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
     inputs["position_ids"] = positions
     if cache.static:
