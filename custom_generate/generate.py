@@ -155,10 +155,9 @@ class Rotation:
 
         The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
         """
-        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None, None] * self.frequencies[:, None]
-        cos, sin = torch.stack([angles.cos(), angles.sin()]).to(pairs.device, torch.float32)
-        across = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1)
-        return torch.addcmul(pairs * cos, across, sin)
+        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None] * self.frequencies
+        turns = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
 
     def turn(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
         """Turn `keys` (`[rows, kv_heads, seq, head_dim]`) where they are, in float32: one rounding to their dtype."""
@@ -534,7 +533,8 @@ class Ring:
         )
         self.hold(keys, values)
         if self.rotation is not None:
-            self.sinks = torch.zeros_like(self._turning(slice(0, self.num_sink_tokens)), dtype=torch.float32)
+            shape = self._turning(slice(0, self.num_sink_tokens)).shape
+            self.sinks = torch.zeros(shape, device=keys.device)
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
@@ -562,7 +562,7 @@ class Ring:
         in_slots = self._turning(slice(0, self.num_sink_tokens))
         if not all(self.shifts):  # those of some rows have not moved yet
             unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
-            self.sinks = in_slots.float().where(unmoved[:, None, None, None, None], self.sinks)
+            self.sinks = torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks).contiguous()
         in_slots.copy_(self.rotation.turned(self.sinks, shifts))
         self.shifts = shifts
 
