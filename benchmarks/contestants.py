@@ -16,19 +16,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
-
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-NAMES += ("head_dim", "vocab_size", "rope_theta", "tie_word_embeddings")
-MODELS = {  # all as Llama, the one architecture that every contestant takes
-    "tiny": (64, 128, 2, 4, 2, 16, 1000, 1e4, True),
-    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, 1e5, True),
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, 1e6, True),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 5e5, True),
-    "llama-8b": (4096, 14336, 32, 32, 8, 128, 128256, 5e5, False),
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Contestants, on transformers 4.34 to 5.23
@@ -278,10 +269,10 @@ CONTESTANTS = {
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
-    """A random model, on the device that is measured."""
+    """A random model, on the device that is measured: as Llama, the one architecture that every contestant takes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = dict(zip(NAMES, MODELS[name]))
+    shape = SHAPES[name]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

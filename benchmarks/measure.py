@@ -15,30 +15,26 @@ from typing import Any, Optional
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.generation.streamers import BaseStreamer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from real_model import load_real_model  # noqa: E402
+from shapes import SHAPES  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int) -> dict:
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    names += ("intermediate_size", "vocab_size")
-    return dict(zip(names, (hidden, layers, heads, kv_heads, head_dim, intermediate, vocab)))
-
-
-CONFIGS = {
-    "tiny": lambda: Qwen3Config(**_sizes(64, 2, 4, 2, 16, 96, 256), tie_word_embeddings=True),
-    "qwen3-0.6b": lambda: Qwen3Config(**_sizes(1024, 28, 16, 8, 128, 3072, 151936), tie_word_embeddings=True),
-    "llama-3.2-1b": lambda: LlamaConfig(**_sizes(2048, 16, 32, 8, 64, 8192, 128256), tie_word_embeddings=True),
-    "llama-8b": lambda: LlamaConfig(**_sizes(4096, 32, 32, 8, 128, 14336, 128256)),
-}
-MODELS = ("smollm2", *CONFIGS)  # the first is the real one, the others are random
+MODELS = ("smollm2", *SHAPES)  # the first is the real one, the others are random
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -58,11 +54,21 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel
     if name == "smollm2":
         model = load_real_model(dtype)[0].to(device)
     else:
-        config = CONFIGS[name]()
-        config.max_position_embeddings = 2**17  # no contestant is to change, or refuse, anything at its trained length
-        model = random_model(config, device, dtype)
+        kind = Qwen3Config if name in ("tiny", "qwen3-0.6b") else LlamaConfig
+        # No contestant is to change, or refuse, anything at its trained length.
+        model = random_model(kind(**SHAPES[name], max_position_embeddings=2**17), device, dtype)
     model.generation_config = GenerationConfig(pad_token_id=0)
     return model.eval()
+
+
+def load_with_tokenizer(name: Optional[str], device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model of this id or folder, SmolLM2-135M-Instruct if it is None, and its tokenizer."""
+    if name is None:
+        model, tokenizer = load_real_model(dtype)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
+    return model.to(device).eval(), tokenizer
 
 
 def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -71,15 +77,19 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> PreTr
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def described(device: torch.device, dtype: torch.dtype) -> str:
-    """The machine, the dtype and the versions: what figures are to be read with."""
+def described(device: torch.device, *dtypes: torch.dtype) -> str:
+    """The machine, the dtypes and the versions: what figures are to be read with."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
         cpu = Path("/proc/cpuinfo").read_text().split("model name", 1)[-1].split("\n", 1)[0].strip("\t: ")
         machine = f"{cpu}, {torch.get_num_threads()} of its threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{machine}, {str(dtype).removeprefix('torch.')}; {versions}"
+    return f"{', '.join([machine, *map(named, dtypes)])}; {versions}"
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def now(device: torch.device) -> float:

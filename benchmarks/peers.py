@@ -23,8 +23,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
+import plot
 import torch
-from contestants import CONTESTANTS, MODELS, ROOT, Sinks, work
+from contestants import CONTESTANTS, ROOT, Sinks, work
+from shapes import SHAPES
 
 # What is installed with all it needs, and what without that, which would be another torch or what it runs without.
 ENVIRONMENTS = {
@@ -159,15 +161,9 @@ def table(rows: list[dict[str, Any]]) -> None:
     print("", *(f"- {name}: {note}" for name, note in notes.items() if note), sep="\n")
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw pace and memory against the length of the stream."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"font.size": 14, "svg.hashsalt": "peers"})
-    figure, panels = pyplot.subplots(2, 1, figsize=(8, 12), sharex=True, facecolor="white", layout="constrained")
+    figure, panels = plot.panels(2, 11)
     lengths = sorted({row["stream_length"] for row in rows if "stream_length" in row})
     titles = {"tokens_per_second": "tokens per second", "memory_mib": "memory above the model's, MiB"}
     for panel, (column, title) in zip(panels, titles.items()):
@@ -183,11 +179,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
         panel.set_ylim(bottom=0)
         panel.axvline(rows[0]["window"], color="#777777", linestyle=":")
-        panel.grid(alpha=0.3)
     panels[1].set_xlabel("tokens in the stream (dotted: the window)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle("{model}, {dtype}, window {window:,}\n{device}".format(**rows[0]))
-    figure.savefig(path, metadata={"Date": None})
+    plot.finish(figure, panels, path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -201,7 +195,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
@@ -237,7 +231,8 @@ def main() -> None:
             writer.writerows(rows)
     rows = read(path)
     table(rows)
-    plot(rows, path.with_suffix(".svg"))
+    if plot.CAN_DRAW:
+        draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,77 +1,267 @@
-"""Perplexity of a text past the window, token by token: sink cache, full cache, and the cache this one replaces.
+"""Perplexity, memory and time of each token of a long text, token by token, as caches keep less of it or all.
 
-    make perplexity TEXT=file.txt
+    make perplexity                                          the standard library's documentation, SmolLM2-135M-Instruct
+    make perplexity ARGS="--text book.txt --tokens 20000"
+    make perplexity ARGS="--model Qwen/Qwen3-0.6B --tokens 100000 --caches sink full"
 
-The old cache is an unbound `SinkCache`, driven as `generate` drives it: each token at its position in the whole text.
-It needs models that hand `sin` and `cos` to their cache, which transformers' did until 5.3.
+What was measured stands in `results/` as it comes; a run that was cut off goes on where its cache was last put away,
+and what is there already isn't measured again. Several may run side by side.
+
+sink        this cache, with each of the given numbers of sinks
+full        a cache that keeps all
+window      this cache without sinks: what a plain sliding window is
+old         the `SinkCache` of transformers until 4.52, as `generate` drives it: each token at its place in the text
+recomputed  no cache: the last tokens of the text read anew for each token, which is what a window costs without sinks
 """
 
 import argparse
+import csv
 import math
-import platform
-import sys
-import time
+import re
+import statistics
 from pathlib import Path
+from typing import Any, Optional
 
+import plot
 import torch
 import transformers
-from transformers import Cache, DynamicCache, PreTrainedModel
+from measure import RESULTS, described, load_with_tokenizer, named, now, parsed
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from custom_generate.generate import SinkCache
 
-from real_model import load_real_model  # noqa: E402
+NAMES = {
+    "sink": "sink cache",
+    "full": "full cache",
+    "window": "window without sinks",
+    "old": "old cache",
+    "recomputed": "recomputation",
+}
+SMOLLM2 = "SmolLM2-135M-Instruct"
 
-from custom_generate.generate import SinkCache  # noqa: E402
+
+class Reader:
+    """Reads a text one token after the other.
+
+    Args:
+        kind: one of `NAMES`.
+        window_length: the most tokens kept, or read anew.
+        num_sink_tokens: of them the first of the text.
+    """
+
+    def __init__(self, kind: str, model: PreTrainedModel, window_length: int, num_sink_tokens: int):
+        self.kind, self.model, self.window_length = kind, model, window_length
+        self.cache: Any = None  # a full one the model makes itself, as it likes it
+        if kind in ("sink", "window"):
+            self.cache = SinkCache(window_length, num_sink_tokens).bind(model)
+        elif kind == "old":
+            self.cache = transformers.SinkCache(window_length, num_sink_tokens)
+
+    @torch.no_grad()
+    def read(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        """The logits `[vocabulary]` after `tokens[position]`, once all before it were read."""
+        if self.kind == "recomputed":
+            latest = tokens[None, max(0, position + 1 - self.window_length) : position + 1]
+            return self.model(input_ids=latest, use_cache=False).logits[0, -1]
+        inputs = dict(input_ids=tokens[None, position, None])
+        if self.kind in ("sink", "window"):
+            inputs = self.cache.prepare_inputs(inputs["input_ids"])
+        else:
+            place = torch.tensor([[position]], device=tokens.device)
+            inputs |= dict(position_ids=place, past_key_values=self.cache, use_cache=True)
+        outputs = self.model(**inputs)
+        self.cache = outputs.past_key_values
+        return outputs.logits[0, -1]
+
+    def load(self, path: Path) -> int:
+        """Go on from what was put away there, if anything was; returns how many tokens had been read."""
+        if not path.exists():
+            return 0
+        state = torch.load(path, map_location=self.model.device, weights_only=False)
+        self.cache = state["cache"]
+        if isinstance(self.cache, SinkCache):
+            self.cache.bind(self.model)
+        return state["tokens"]
+
+    def save(self, path: Path, tokens: int) -> None:
+        torch.save({"cache": self.cache, "tokens": tokens}, path.with_suffix(".new.unfinished"))
+        path.with_suffix(".new.unfinished").replace(path)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values kept."""
+        if self.cache is None or isinstance(self.cache, SinkCache):
+            return 0 if self.cache is None else self.cache.nbytes
+        if hasattr(self.cache, "key_cache"):  # until 4.53
+            tensors = [*self.cache.key_cache, *self.cache.value_cache]
+        else:
+            tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
-@torch.no_grad()
-def negative_log_likelihoods(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Of each token after the first, given those before it as `cache` keeps them: float32 `[len(tokens) - 1]`."""
-    losses = []
-    for position in range(len(tokens) - 1):
-        logits = model(
-            input_ids=tokens[None, position, None],
-            position_ids=torch.tensor([[position]], device=tokens.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[0, -1]
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), tokens[position + 1]))
-    return torch.stack(losses)
+def measure(reader: Reader, run: dict[str, Any], tokens: torch.Tensor, every: int, file: Path, stride: int) -> None:
+    """Read `tokens`, and add a row to `file` for `every` so many of them that it has none for.
+
+    Only one of `stride` tokens is predicted: what comes between is read along, or left out where nothing is kept.
+    """
+    done = max((row["tokens"] for row in rows_of(file) if all(row[name] == run[name] for name in run)), default=0)
+    label = "-".join(map(str, run.values()))
+    put_away = file.with_name(f"{file.stem}-{label}.unfinished")
+    start = reader.load(put_away) if done < len(tokens) - every else done
+    if done >= (len(tokens) - 1) // every * every:
+        return
+    with tqdm(total=len(tokens) - 1, initial=start, desc=label, unit="token") as progress:
+        for segment in range(start, (len(tokens) - 1) // every * every, every):
+            losses, seconds = [], []
+            for position in range(segment, segment + every):
+                progress.update()
+                if (position + 1) % stride:
+                    continue
+                begun = now(tokens.device)
+                logits = reader.read(tokens, position)
+                seconds.append(now(tokens.device) - begun)
+                losses.append(torch.nn.functional.cross_entropy(logits.float(), tokens[position + 1]).item())
+                figures = dict(perplexity=math.exp(statistics.fmean(losses)), MiB=reader.nbytes / 2**20)
+                progress.set_postfix({name: f"{value:.1f}" for name, value in figures.items()}, refresh=False)
+            row = dict(run, tokens=segment + every, predicted=len(losses), nll=round(statistics.fmean(losses), 5))
+            row |= dict(ms=round(1000 * statistics.median(seconds), 2), mib=round(reader.nbytes / 2**20, 2))
+            if row["tokens"] > done:
+                with open(file, "a", newline="") as lines:
+                    csv.writer(lines, lineterminator="\n").writerow(row.values())
+            if reader.cache is not None:
+                reader.save(put_away, row["tokens"])
+    put_away.unlink(missing_ok=True)
+
+
+def begin(file: Path, machine: str) -> None:
+    """Let there be a table, of this machine alone."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        columns = "cache,window_length,num_sink_tokens,dtype,tokens,predicted,nll,ms,mib"
+        file.write_text(f"# {machine}\n{columns}\n")
+    elif (before := file.read_text().splitlines()[0]) != f"# {machine}":
+        raise SystemExit(f"{file} was measured with\n{before}\nand not with\n# {machine}\nMove it away to begin anew.")
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    with file.open(newline="") as lines:
+        next(lines)
+        return [{name: _read(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def _read(value: str) -> Any:
+    return value if value[0].isalpha() else float(value) if "." in value else int(value)
+
+
+def perplexity(rows: list[dict[str, Any]], start: int, end: int) -> Optional[float]:
+    """Of the tokens predicted after so many of the text, up to so many; None if that isn't measured."""
+    rows = [row for row in rows if start < row["tokens"] <= end]
+    if not rows:
+        return None
+    predicted = sum(row["predicted"] for row in rows)
+    return math.exp(sum(row["nll"] * row["predicted"] for row in rows) / predicted)
+
+
+def by_run(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The rows of each cache, window length, number of sinks and dtype."""
+    runs: dict[tuple, list] = {}
+    for row in rows:
+        runs.setdefault(tuple(row.values())[:4], []).append(row)
+    return {run: sorted(runs[run], key=lambda row: row["tokens"]) for run in sorted(runs)}
+
+
+def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
+    """Print the perplexity of each run between each two of `bounds`, and what a token took at its end."""
+    ranges = list(zip(bounds, bounds[1:]))
+    titles = [f"{start + 1:,} to {end:,}" for start, end in ranges]
+    titles = ["cache", "window", "sinks", "dtype", *titles, "ms a token", "MiB"]
+    print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
+    for (kind, window, sinks, dtype), own in by_run(rows).items():
+        values = [perplexity(own, *bound) if own[-1]["tokens"] >= bound[1] else None for bound in ranges]
+        cells = [f"{window:,}" if window else "", str(sinks), dtype]
+        cells += [f"{value:,.2f}" if value else "" for value in values]
+        cells += [f"{own[-1]['ms']:,.0f}", f"{own[-1]['mib']:,.1f}"]
+        print(f"| {NAMES[kind]} | {' | '.join(cells)} |")
+
+
+def draw(rows: list[dict[str, Any]], window: int, sinks: int, trained: int, title: str, path: Path) -> None:
+    """Perplexity, memory and time against the position in the text, of those with this window and these sinks."""
+    figure, axes = plot.panels(3, 11)
+    shown = {("full", 0, 0), ("window", window, 0), ("recomputed", window, 0), ("old", window, sinks)}
+    for (kind, *run), own in by_run(rows).items():
+        if (kind, *run[:2]) not in shown | {("sink", window, sinks)}:
+            continue
+        style = dict(plot.STYLES[NAMES[kind]], label=NAMES[kind])
+        smooth = [
+            math.exp(statistics.fmean(row["nll"] for row in own[max(0, at - 3) : at + 1])) for at in range(len(own))
+        ]
+        places = [row["tokens"] for row in own]
+        for panel, values in zip(axes, (smooth, [row["mib"] for row in own], [row["ms"] for row in own])):
+            panel.plot(places, values, **style)
+    titles = ("perplexity", "keys and values, MiB", "time of a token, ms")
+    for panel, name in zip(axes, titles):
+        panel.set_title(name, loc="left", fontweight="bold")
+        panel.axvline(window, color="#777777", linestyle=":")
+        if trained < max(row["tokens"] for row in rows):
+            panel.axvline(trained, color="#777777", linestyle=":")
+    plot.logarithmic(axes[0])
+    axes[1].set_ylim(bottom=0)
+    plot.logarithmic(axes[2])
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    axes[-1].set_xlabel("tokens (dotted: the window, and what the model was trained on)")
+    figure.suptitle(title)
+    plot.finish(figure, axes, path)
+
+
+def text_of(path: Optional[Path]) -> str:
+    if path is not None:
+        return path.read_text()
+    from pydoc_data.topics import topics  # the documentation that Python's `help` shows
+
+    return "\n\n".join(topics.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path, help="a text file")
-    parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--num-sink-tokens", type=int, default=4)
-    parser.add_argument("--past-the-window", type=int, default=2048, help="tokens measured")
-    arguments = parser.parse_args()
-    window, sinks = arguments.window_length, arguments.num_sink_tokens
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="a text file (default: the documentation of the standard library)")
+    parser.add_argument("--model", help=f"a model id or folder (default: {SMOLLM2})")
+    parser.add_argument("--caches", nargs="+", choices=NAMES, default=[*NAMES])
+    parser.add_argument("--window-length", type=int, nargs="+", default=[1024])
+    parser.add_argument("--num-sink-tokens", type=int, nargs="+", default=[4])
+    parser.add_argument("--tokens", type=int, default=10_240, help="of the text")
+    parser.add_argument("--every", type=int, default=128, help="tokens to a row of the table")
+    parser.add_argument("--stride", type=int, default=64, help="of so many tokens, recomputation predicts one")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder")
+    parser.add_argument("--bounds", type=int, nargs="+", help="tokens between which to tell perplexity")
+    parser.set_defaults(dtype="bfloat16")
+    arguments = parsed(parser)
+    if "old" in arguments.caches and not hasattr(transformers, "SinkCache"):
+        raise SystemExit(f"The old cache isn't in transformers {transformers.__version__}, but in 4.52 and before it.")
+    model, tokenizer = load_with_tokenizer(arguments.model, arguments.device, arguments.dtype)
+    tokens = tokenizer(text_of(arguments.text), return_tensors="pt").input_ids[0, : arguments.tokens + 1]
+    tokens = tokens.to(arguments.device)
 
-    transformers.logging.set_verbosity_error()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_real_model(torch.bfloat16)
-    model.to(device)
-    tokens = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids[0]
-    tokens = tokens[: window + arguments.past_the_window].to(device)
+    name = re.sub(
+        r"\W+", "-", f"{Path(arguments.model or SMOLLM2).name} {arguments.text.stem if arguments.text else 'python'}"
+    )
+    file = arguments.results / f"perplexity-{name.lower()}-{arguments.device.type}.csv"
+    begin(file, described(arguments.device))
+    for kind in arguments.caches:
+        windows = arguments.window_length if kind != "full" else [0]
+        for window in windows:
+            for sinks in arguments.num_sink_tokens if kind in ("sink", "old") else [0]:
+                run = dict(cache=kind, window_length=window, num_sink_tokens=sinks, dtype=named(arguments.dtype))
+                stride = arguments.stride if kind == "recomputed" else 1
+                measure(Reader(kind, model, window, sinks), run, tokens, arguments.every, file, stride)
 
-    caches = {
-        "full cache": DynamicCache(),
-        "sink cache": SinkCache(window, sinks).bind(model),
-        "old cache, as `generate` drives it": SinkCache(window, sinks),
-    }
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    print(f"SmolLM2-135M-Instruct, bfloat16, window {window}, {sinks} sinks, tokens {window + 1:,} to {len(tokens):,}")
-    print(f"of {arguments.text.name}; transformers {transformers.__version__}, torch {torch.__version__}, {hardware}\n")
-    print("| cache | perplexity past the window | tokens kept | ms per token |\n| --- | ---: | ---: | ---: |")
-    for name, cache in caches.items():
-        start = time.perf_counter()
-        losses = negative_log_likelihoods(model, tokens, cache)
-        per_token = (time.perf_counter() - start) / len(losses) * 1000
-        kept = min(len(losses), window) if isinstance(cache, SinkCache) else len(losses)
-        perplexity = math.exp(losses[window - 1 :].mean())
-        print(f"| {name} | {perplexity:.2f} | {kept:,} | {per_token:.0f} |", flush=True)
+    rows = rows_of(file)
+    window, sinks = arguments.window_length[0], arguments.num_sink_tokens[0]
+    trained = model.config.max_position_embeddings
+    table(rows, arguments.bounds or sorted({window, min(trained, arguments.tokens), arguments.tokens}))
+    title = f"{Path(arguments.model or SMOLLM2).name}, window {window:,}, {sinks} sinks"
+    if plot.CAN_DRAW:
+        draw(rows, window, sinks, trained, title, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the chunks of a long prompt cost in perplexity.
 
-    make prompt TEXT=file.txt
+    make prompt
+    make prompt ARGS="--text book.txt --window-length 1024"
 
 That of the text past the window, fed in chunks, each of which evicts before its own tokens attend. What they save in
 time and memory is measured by `make prefill`.
@@ -8,19 +9,14 @@ time and memory is measured by `make prefill`.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
-import transformers
+from measure import described, load_with_tokenizer, parsed
+from perplexity import text_of
 from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from real_model import load_real_model  # noqa: E402
-
-from custom_generate.generate import SinkCache  # noqa: E402
+from custom_generate.generate import SinkCache
 
 SINKS = 4
 
@@ -38,19 +34,19 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor, window: int, chunk:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path, help="a text file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="a text file (default: the documentation of the standard library)")
+    parser.add_argument("--model", help="a model id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--past-the-window", type=int, default=2048, help="tokens measured")
-    arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    arguments = parsed(parser)
     window = arguments.window_length
-    model, tokenizer = load_real_model(torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokens = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids[0]
+    model, tokenizer = load_with_tokenizer(arguments.model, arguments.device, arguments.dtype)
+    tokens = tokenizer(text_of(arguments.text), return_tensors="pt").input_ids[0]
     tokens = tokens[: window + arguments.past_the_window].to(model.device)
     room = window - SINKS
-    print(f"SmolLM2-135M-Instruct, float32, window {window}, {SINKS} sinks, tokens {window + 1:,} to {len(tokens):,}\n")
+    print(f"{described(arguments.device, arguments.dtype)}")
+    print(f"window {window}, {SINKS} sinks, tokens {window + 1:,} to {len(tokens):,}\n")
     print("| tokens in a chunk | perplexity past the window |\n| ---: | ---: |")
     for chunk in (1, room // 16, room // 8, room // 4, room // 2, room):
         print(f"| {chunk} | {perplexity(model, tokens, window, chunk):.2f} |", flush=True)

@@ -1,0 +1,52 @@
+"""How the README's pictures look: large type on a card of its own, to be read on a phone and in the dark.
+
+`make` installs matplotlib apart, in `.cache/plot`, for the few commands that draw; without it they don't.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+CAN_DRAW = importlib.util.find_spec("matplotlib") is not None
+
+# Told apart by all kinds of eyes (Okabe and Ito), and by their dashes.
+STYLES = {
+    "sink cache": dict(color="#D55E00", linewidth=4, zorder=3),
+    "full cache": dict(color="#0072B2", linewidth=2, linestyle="--"),
+    "old cache": dict(color="#CC79A7", linewidth=2),
+    "window without sinks": dict(color="#009E73", linewidth=2, linestyle="-."),
+    "recomputation": dict(color="#000000", linewidth=2, linestyle=":"),
+}
+
+
+def panels(rows: int, height: float) -> tuple[Any, Any]:
+    """A figure of `rows` panels under each other, which share what they are drawn against."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(
+        rows, 1, figsize=(8, height), sharex=True, squeeze=False, facecolor="white", layout="constrained"
+    )
+    for panel in axes[:, 0]:
+        panel.grid(alpha=0.3)
+    return figure, axes[:, 0]
+
+
+def logarithmic(panel: Any) -> None:
+    """Let powers be even steps, and say the numbers in full."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:,.0f}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def finish(figure: Any, axes: Any, path: Path) -> None:
+    """Put one legend below all panels, and write the picture (PNG: the Hub's cards don't show SVG)."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
