@@ -96,8 +96,8 @@ class Chat:
     def stats(self) -> str:
         seen = self.cache.get_seq_length()
         kept = min(seen, self.cache.window_length)
-        sinks, size = self.cache.num_sink_tokens, self.cache.nbytes
-        return f"{seen:,} tokens seen, {kept:,} kept ({sinks} of them for ever), {size:,} bytes"
+        sinks, size = self.cache.num_sink_tokens, self.cache.nbytes / 2**20
+        return f"{seen:,} tokens seen, {kept:,} kept ({sinks} of them for ever), {size:.3g} MiB"
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def test_a_conversation_past_the_window(terminal):
     for _ in range(3):
         assert re.fullmatch("[a-z]+", say(chat, "And then?"))
     stats = say(chat, "/stats")
-    assert re.match(r"\d+ tokens seen, 64 kept \(\d+ of them for ever\), [\d,]+ bytes", stats)
+    assert re.match(r"\d+ tokens seen, 64 kept \(\d+ of them for ever\), [\d.]+ MiB", stats)
     assert seen(chat) > 150
     say(chat, "/reset")
     assert seen(chat) == 0

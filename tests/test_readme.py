@@ -2,10 +2,10 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 from helpers import ROOT, loadable, prompt, readme_snippets, small_model, small_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -49,8 +49,10 @@ def test_the_totals_are_those_of_the_table():
 def test_the_demo():
     # What `make demo` runs, but shorter.
     loadable(ROOT)
-    demo = [sys.executable, ROOT / "examples/story.py", "--window-length", "32", "--max-new-tokens", "40"]
-    shown = subprocess.check_output(demo, text=True)
-    figures = dict(re.findall(r"^(\w.*?) {2,}([\d,]+)$", shown, flags=re.MULTILINE))
+    demo = [str(ROOT / "examples/story.py"), "--window-length", "32", "--max-new-tokens", "40"]
+    terminal = pexpect.spawn(sys.executable, demo, encoding="utf-8", timeout=120)
+    terminal.expect("-{72}")
+    story, figures = terminal.before, dict(re.findall(r"(\w.*?) {2,}([\d,]+)\r\n", terminal.read()))
+    assert len(story.split()) > 10
     assert figures["tokens generated"] == "40" and figures["tokens kept"] == "32"
     assert figures["cache bytes at window's filling"] == figures["cache bytes at the end"]
