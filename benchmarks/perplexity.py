@@ -3,6 +3,7 @@
     make perplexity                                          the standard library's documentation, SmolLM2-135M-Instruct
     make perplexity ARGS="--text book.txt --tokens 20000"
     make perplexity ARGS="--model Qwen/Qwen3-0.6B --tokens 100000 --caches sink full"
+    make perplexity ARGS="--caches recomputed sink --stride 64 --dtype float32"     both judged by one token of 64
 
 What was measured stands in `results/` as it comes; a run that was cut off goes on where its cache was last put away,
 and what is there already isn't measured again. Several may run side by side.
@@ -11,7 +12,8 @@ sink        this cache, with each of the given numbers of sinks
 full        a cache that keeps all
 window      this cache without sinks: what a plain sliding window is
 old         the `SinkCache` of transformers until 4.52, as `generate` drives it: each token at its place in the text
-recomputed  no cache: the last tokens of the text read anew for each token, which is what a window costs without sinks
+recomputed  no cache: the last tokens of the text read anew for each token, which is what a window costs without sinks;
+            by default for one token of 64, as the others need that long for all
 """
 
 import argparse
@@ -91,40 +93,43 @@ class Reader:
     @property
     def nbytes(self) -> int:
         """Of the keys and values kept."""
-        if self.cache is None or isinstance(self.cache, SinkCache):
-            return 0 if self.cache is None else self.cache.nbytes
+        if self.cache is None:
+            return 0
+        if isinstance(self.cache, SinkCache):
+            return self.cache.nbytes
         if hasattr(self.cache, "key_cache"):  # until 4.53
             tensors = [*self.cache.key_cache, *self.cache.value_cache]
         else:
-            tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in tensors)
+            tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def measure(reader: Reader, run: dict[str, Any], tokens: torch.Tensor, every: int, file: Path, stride: int) -> None:
-    """Read `tokens`, and add a row to `file` for `every` so many of them that it has none for.
-
-    Only one of `stride` tokens is predicted: what comes between is read along, or left out where nothing is kept.
-    """
+def measure(reader: Reader, run: dict[str, Any], tokens: torch.Tensor, every: int, file: Path) -> None:
+    """Read `tokens`, judge each that comes after `stride` of them, and add a row to `file` for `every` tokens."""
+    end = (len(tokens) - 1) // every * every
     done = max((row["tokens"] for row in rows_of(file) if all(row[name] == run[name] for name in run)), default=0)
+    if done >= end:
+        return
     label = "-".join(map(str, run.values()))
     put_away = file.with_name(f"{file.stem}-{label}.unfinished")
-    start = reader.load(put_away) if done < len(tokens) - every else done
-    if done >= (len(tokens) - 1) // every * every:
-        return
-    with tqdm(total=len(tokens) - 1, initial=start, desc=label, unit="token") as progress:
-        for segment in range(start, (len(tokens) - 1) // every * every, every):
+    start = reader.load(put_away)
+    with tqdm(total=end, initial=start, desc=label, unit="token") as progress:
+        for segment in range(start, end, every):
             losses, seconds = [], []
             for position in range(segment, segment + every):
                 progress.update()
-                if (position + 1) % stride:
+                judged = (position + 1) % run["stride"] == 0
+                if not judged and reader.kind == "recomputed":
                     continue
                 begun = now(tokens.device)
                 logits = reader.read(tokens, position)
                 seconds.append(now(tokens.device) - begun)
+                if not judged:
+                    continue
                 losses.append(torch.nn.functional.cross_entropy(logits.float(), tokens[position + 1]).item())
                 figures = dict(perplexity=math.exp(statistics.fmean(losses)), MiB=reader.nbytes / 2**20)
                 progress.set_postfix({name: f"{value:.1f}" for name, value in figures.items()}, refresh=False)
-            row = dict(run, tokens=segment + every, predicted=len(losses), nll=round(statistics.fmean(losses), 5))
+            row = dict(run, tokens=segment + every, nll=round(statistics.fmean(losses), 5))
             row |= dict(ms=round(1000 * statistics.median(seconds), 2), mib=round(reader.nbytes / 2**20, 2))
             if row["tokens"] > done:
                 with open(file, "a", newline="") as lines:
@@ -138,7 +143,7 @@ def begin(file: Path, machine: str) -> None:
     """Let there be a table, of this machine alone."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        columns = "cache,window_length,num_sink_tokens,dtype,tokens,predicted,nll,ms,mib"
+        columns = "cache,window_length,num_sink_tokens,dtype,stride,tokens,nll,ms,mib"
         file.write_text(f"# {machine}\n{columns}\n")
     elif (before := file.read_text().splitlines()[0]) != f"# {machine}":
         raise SystemExit(f"{file} was measured with\n{before}\nand not with\n# {machine}\nMove it away to begin anew.")
@@ -155,19 +160,16 @@ def _read(value: str) -> Any:
 
 
 def perplexity(rows: list[dict[str, Any]], start: int, end: int) -> Optional[float]:
-    """Of the tokens predicted after so many of the text, up to so many; None if that isn't measured."""
-    rows = [row for row in rows if start < row["tokens"] <= end]
-    if not rows:
-        return None
-    predicted = sum(row["predicted"] for row in rows)
-    return math.exp(sum(row["nll"] * row["predicted"] for row in rows) / predicted)
+    """Of the tokens after so many of the text, up to so many; None if that isn't measured."""
+    losses = [row["nll"] for row in rows if start < row["tokens"] <= end]
+    return math.exp(statistics.fmean(losses)) if losses and rows[-1]["tokens"] >= end else None
 
 
 def by_run(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The rows of each cache, window length, number of sinks and dtype."""
+    """The rows of each cache, window length, number of sinks, dtype and stride."""
     runs: dict[tuple, list] = {}
     for row in rows:
-        runs.setdefault(tuple(row.values())[:4], []).append(row)
+        runs.setdefault(tuple(row.values())[:5], []).append(row)
     return {run: sorted(runs[run], key=lambda row: row["tokens"]) for run in sorted(runs)}
 
 
@@ -175,30 +177,32 @@ def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
     """Print the perplexity of each run between each two of `bounds`, and what a token took at its end."""
     ranges = list(zip(bounds, bounds[1:]))
     titles = [f"{start + 1:,} to {end:,}" for start, end in ranges]
-    titles = ["cache", "window", "sinks", "dtype", *titles, "ms a token", "MiB"]
+    titles = ["cache", "window", "sinks", "dtype", "of tokens, one in", *titles, "ms a token", "MiB"]
     print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
-    for (kind, window, sinks, dtype), own in by_run(rows).items():
-        values = [perplexity(own, *bound) if own[-1]["tokens"] >= bound[1] else None for bound in ranges]
-        cells = [f"{window:,}" if window else "", str(sinks), dtype]
+    for (kind, window, sinks, dtype, stride), own in by_run(rows).items():
+        values = [perplexity(own, *bound) for bound in ranges]
+        cells = [f"{window:,}" if window else "", str(sinks), dtype, str(stride)]
         cells += [f"{value:,.2f}" if value else "" for value in values]
         cells += [f"{own[-1]['ms']:,.0f}", f"{own[-1]['mib']:,.1f}"]
         print(f"| {NAMES[kind]} | {' | '.join(cells)} |")
 
 
 def draw(rows: list[dict[str, Any]], window: int, sinks: int, trained: int, title: str, path: Path) -> None:
-    """Perplexity, memory and time against the position in the text, of those with this window and these sinks."""
-    figure, axes = plot.panels(3, 11)
-    shown = {("full", 0, 0), ("window", window, 0), ("recomputed", window, 0), ("old", window, sinks)}
-    for (kind, *run), own in by_run(rows).items():
-        if (kind, *run[:2]) not in shown | {("sink", window, sinks)}:
+    """Perplexity, memory and time against the position in the text, of those with this window and these sinks.
+
+    Perplexity is that of the last 512 tokens; of what was judged by few of them it would be noise, and is left out.
+    """
+    figure, axes = plot.panels(3, 10)
+    shown = [("full", 0, 0), ("sink", window, sinks), ("window", window, 0), ("old", window, sinks)]
+    for (kind, *run, _, stride), own in by_run(rows).items():
+        if stride > 1 and kind != "recomputed" or (kind, *run) not in [*shown, ("recomputed", window, 0)]:
             continue
         style = dict(plot.STYLES[NAMES[kind]], label=NAMES[kind])
-        smooth = [
-            math.exp(statistics.fmean(row["nll"] for row in own[max(0, at - 3) : at + 1])) for at in range(len(own))
-        ]
         places = [row["tokens"] for row in own]
-        for panel, values in zip(axes, (smooth, [row["mib"] for row in own], [row["ms"] for row in own])):
-            panel.plot(places, values, **style)
+        if stride == 1:
+            axes[0].plot(places, [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)], **style)
+        axes[1].plot(places, [row["mib"] for row in own], **style)
+        axes[2].plot(places, [row["ms"] for row in own], **style)
     titles = ("perplexity", "keys and values, MiB", "time of a token, ms")
     for panel, name in zip(axes, titles):
         panel.set_title(name, loc="left", fontweight="bold")
@@ -231,37 +235,38 @@ def main() -> None:
     parser.add_argument("--num-sink-tokens", type=int, nargs="+", default=[4])
     parser.add_argument("--tokens", type=int, default=10_240, help="of the text")
     parser.add_argument("--every", type=int, default=128, help="tokens to a row of the table")
-    parser.add_argument("--stride", type=int, default=64, help="of so many tokens, recomputation predicts one")
+    parser.add_argument("--stride", type=int, help="judge one token of so many (default: 1, and 64 for recomputation)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--bounds", type=int, nargs="+", help="tokens between which to tell perplexity")
     parser.set_defaults(dtype="bfloat16")
     arguments = parsed(parser)
     if "old" in arguments.caches and not hasattr(transformers, "SinkCache"):
         raise SystemExit(f"The old cache isn't in transformers {transformers.__version__}, but in 4.52 and before it.")
+    if (arguments.stride or 1) > arguments.every:
+        parser.error(f"--every ({arguments.every}) must not be less than --stride ({arguments.stride})")
     model, tokenizer = load_with_tokenizer(arguments.model, arguments.device, arguments.dtype)
     tokens = tokenizer(text_of(arguments.text), return_tensors="pt").input_ids[0, : arguments.tokens + 1]
     tokens = tokens.to(arguments.device)
 
-    name = re.sub(
-        r"\W+", "-", f"{Path(arguments.model or SMOLLM2).name} {arguments.text.stem if arguments.text else 'python'}"
-    )
-    file = arguments.results / f"perplexity-{name.lower()}-{arguments.device.type}.csv"
+    name, text = Path(arguments.model or SMOLLM2).name, arguments.text.stem if arguments.text else "python"
+    slug = re.sub(r"\W+", "-", f"{name} {text} {arguments.device.type}".lower())
+    file = arguments.results / f"perplexity-{slug}.csv"
     begin(file, described(arguments.device))
     for kind in arguments.caches:
         windows = arguments.window_length if kind != "full" else [0]
         for window in windows:
             for sinks in arguments.num_sink_tokens if kind in ("sink", "old") else [0]:
                 run = dict(cache=kind, window_length=window, num_sink_tokens=sinks, dtype=named(arguments.dtype))
-                stride = arguments.stride if kind == "recomputed" else 1
-                measure(Reader(kind, model, window, sinks), run, tokens, arguments.every, file, stride)
+                run["stride"] = arguments.stride or (64 if kind == "recomputed" else 1)
+                measure(Reader(kind, model, window, sinks), run, tokens, arguments.every, file)
 
     rows = rows_of(file)
     window, sinks = arguments.window_length[0], arguments.num_sink_tokens[0]
     trained = model.config.max_position_embeddings
     table(rows, arguments.bounds or sorted({window, min(trained, arguments.tokens), arguments.tokens}))
-    title = f"{Path(arguments.model or SMOLLM2).name}, window {window:,}, {sinks} sinks"
+    title = f"{name}, window {window:,}, {sinks} sinks"
     if plot.CAN_DRAW:
-        draw(rows, window, sinks, trained, title, file.with_suffix(".png"))
+        draw(rows, window, sinks, trained, title, file.with_name(f"{file.stem}-{window}.png"))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,6 @@ def logarithmic(panel: Any) -> None:
 
 def finish(figure: Any, axes: Any, path: Path) -> None:
     """Put one legend below all panels, and write the picture (PNG: the Hub's cards don't show SVG)."""
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = max((panel.get_legend_handles_labels() for panel in axes), key=lambda legend: len(legend[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})

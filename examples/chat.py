@@ -117,17 +117,17 @@ def main() -> None:
     chat = Chat(model, tokenizer, arguments.window_length, arguments.system, max_new_tokens=arguments.max_new_tokens)
 
     console = Console(highlight=False)
-    console.print(f"[dim]{HELP}[/dim]")
+    console.print(HELP, style="dim")
     while True:
         try:
-            command, _, rest = (message := console.input("[bold]> [/bold]").strip()).partition(" ")
+            command, _, rest = (message := console.input("[bold cyan]> [/bold cyan]").strip()).partition(" ")
         except (EOFError, KeyboardInterrupt):
             break
         try:
             if command == "/quit":
                 break
             elif command == "/stats":
-                console.print(chat.stats())
+                console.print(chat.stats(), style="cyan")
             elif command == "/reset":
                 chat.cache.reset()
             elif command == "/save":
@@ -135,9 +135,10 @@ def main() -> None:
             elif command == "/load":
                 chat.cache = SinkCache.load(rest, model)
             elif command.startswith("/"):
-                console.print(HELP)
+                console.print(HELP, style="dim")
             elif message:
                 chat.answer(message)
+                console.print()
         except (ValueError, OSError) as error:  # a file that isn't there, or of another model
             console.print(str(error), style="red", markup=False)
         except KeyboardInterrupt:  # before an answer began

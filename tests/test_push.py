@@ -8,7 +8,9 @@ import torch
 from helpers import ROOT, loadable, prompt, small_model
 
 NEEDED = ["COMPATIBILITY.md", "LICENSE", "README.md"]
-NEEDED += ["benchmarks/results/peers-amd-epyc-x86_64-cpu-smollm2-135m.svg"]  # the README's picture
+PICTURES = ["peers-amd-epyc-x86_64-cpu-smollm2-135m", "perplexity-smollm2-135m-instruct-python-cpu-1024"]
+PICTURES += ["recall-smollm2-135m-instruct-cpu"]
+NEEDED += [f"benchmarks/results/{name}.png" for name in PICTURES]
 NEEDED += ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
 
 

@@ -19,7 +19,7 @@ def test_python_and_settings(hub, tmp_path, monkeypatch):
     sizes = dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40_960)
     small_model("qwen3", **sizes).save_pretrained("qwen")
     tokenizer.save_pretrained("qwen")
-    GenerationConfig(bos_token_id=1, pad_token_id=0).save_pretrained("qwen")
+    GenerationConfig(bos_token_id=1, pad_token_id=0, max_new_tokens=5).save_pretrained("qwen")
     hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
     my_model = loadable(Path("my_model"))
 
@@ -29,6 +29,9 @@ def test_python_and_settings(hub, tmp_path, monkeypatch):
     assert "HEAD /org/sink_cache/resolve/main/custom_generate/generate.py" in hub.requests
     assert names["story"][0]["generated_text"][-1]["role"] == "assistant"
     assert names["logits"].isfinite().all()
+    names["name"] = "Qwen/Qwen3-0.6B"
+    for snippet in readme_snippets("diff"):  # what users of other caches are told to write instead
+        exec("\n".join(line[2:] for line in snippet.splitlines() if line.startswith("+")), names)
 
     (settings,) = readme_snippets("json")
     file = Path(my_model, "generation_config.json")
