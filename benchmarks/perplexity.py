@@ -174,15 +174,33 @@ def by_run(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 
 
 def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
-    """Print the perplexity of each run between each two of `bounds`, and what a token took at its end."""
+    """Print the perplexity of each run between each two of `bounds`, and what a token took at its end.
+
+    And how many times that of the full cache it is, of each `every` tokens after the first bound: median and most.
+    """
+    full = {row["tokens"]: row["nll"] for row in rows if row["cache"] == "full" and row["stride"] == 1}
     ranges = list(zip(bounds, bounds[1:]))
     titles = [f"{start + 1:,} to {end:,}" for start, end in ranges]
-    titles = ["cache", "window", "sinks", "dtype", "of tokens, one in", *titles, "ms a token", "MiB"]
+    titles = [
+        "cache",
+        "window",
+        "sinks",
+        "dtype",
+        "of tokens, one in",
+        *titles,
+        "of full, median",
+        "most",
+        "ms a token",
+        "MiB",
+    ]
     print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for (kind, window, sinks, dtype, stride), own in by_run(rows).items():
         values = [perplexity(own, *bound) for bound in ranges]
         cells = [f"{window:,}" if window else "", str(sinks), dtype, str(stride)]
         cells += [f"{value:,.2f}" if value else "" for value in values]
+        common = [row for row in own if bounds[0] < row["tokens"] and row["tokens"] in full and stride == 1]
+        times = [math.exp(row["nll"] - full[row["tokens"]]) for row in common] or [math.nan]
+        cells += [f"{statistics.median(times):.3f}", f"{max(times):.1f}"]
         cells += [f"{own[-1]['ms']:,.0f}", f"{own[-1]['mib']:,.1f}"]
         print(f"| {NAMES[kind]} | {' | '.join(cells)} |")
 
