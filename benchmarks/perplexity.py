@@ -231,7 +231,7 @@ def draw(rows: list[dict[str, Any]], window: int, sinks: int, trained: int, titl
     axes[1].set_ylim(bottom=0)
     plot.logarithmic(axes[2])
     axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-    axes[-1].set_xlabel("tokens (dotted: the window, and what the model was trained on)")
+    axes[-1].set_xlabel("tokens (dotted: window and trained length)")
     figure.suptitle(title)
     plot.finish(figure, axes, path)
 

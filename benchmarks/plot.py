@@ -26,7 +26,7 @@ def panels(rows: int, height: float) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({"font.size": 18, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = pyplot.subplots(
         rows, 1, figsize=(8, height), sharex=True, squeeze=False, facecolor="white", layout="constrained"
     )

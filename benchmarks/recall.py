@@ -12,9 +12,9 @@ that none helps the next.
 
 import argparse
 import copy
+import csv
 import random
 import re
-import statistics
 from pathlib import Path
 
 import plot
@@ -36,6 +36,31 @@ def answered(reader: Reader, told: torch.Tensor, line: torch.Tensor) -> bool:
     whole = torch.cat([told, line[: QUESTION + ANSWER]])
     best = [reader.read(whole, position).argmax() for position in range(len(told), len(whole) - 1)]
     return torch.equal(torch.stack(best[QUESTION - 1 :]), whole[-ANSWER:])
+
+
+def draw(file: Path, title: str) -> None:
+    """The share of right answers against how long ago a line was told, off the table in `file`."""
+    figure, (panel,) = plot.panels(1, 7)
+    with file.open(newline="") as table:
+        next(table)  # the machine
+        rows = list(csv.DictReader(table))
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        places, shares = [], []
+        for row in rows:
+            if row["cache"] == name and row["lines back"] != "never told":
+                places.append(int(row["tokens back"]))
+                shares.append(100 * int(row["right"]) / int(row["asked"]))
+        panel.plot(places, shares, label=name, marker="o", **plot.STYLES[name])
+    untold = [row for row in rows if row["lines back"] == "never told"]
+    guessed = 100 * sum(int(row["right"]) for row in untold) / sum(int(row["asked"]) for row in untold)
+    panel.axhline(guessed, color="#777777", linestyle="--")
+    panel.axvline(int(rows[0]["window"]), color="#777777", linestyle=":")
+    panel.set_ylim(-5, 105)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.set_title("right answers, %", loc="left", fontweight="bold")
+    panel.set_xlabel("tokens since (dotted: window; dashed: guessed)")
+    figure.suptitle(title)
+    plot.finish(figure, [panel], file.with_suffix(".png"))
 
 
 def main() -> None:
@@ -63,7 +88,6 @@ def main() -> None:
 
     slug = re.sub(r"\W+", "-", Path(arguments.model or SMOLLM2).name.lower())
     table = Table(f"recall-{slug}-{arguments.device.type}", described(arguments.device, arguments.dtype))
-    shares: dict[str, list[float]] = {}
     for kind in arguments.caches:
         reader = Reader(kind, model, arguments.window_length, arguments.num_sink_tokens if kind == "sink" else 0)
         right: dict[int, list[bool]] = {back: [] for back in [*arguments.back, 0]}  # 0: never told
@@ -80,19 +104,8 @@ def main() -> None:
             row = {"cache": NAMES[kind], "window": arguments.window_length, "lines back": back or "never told"}
             row |= {"tokens back": round(length * back), "asked": len(of_it), "right": sum(of_it)}
             table.add(**row)
-        shares[NAMES[kind]] = [100 * statistics.fmean(of_it) for of_it in right.values()]
     if plot.CAN_DRAW:
-        figure, axes = plot.panels(1, 6)
-        places = [length * back for back in arguments.back]
-        for name, (*values, _) in shares.items():
-            axes[0].plot(places, values, label=name, marker="o", **plot.STYLES[name])
-        axes[0].axhline(statistics.fmean(values[-1] for values in shares.values()), color="#777777", linestyle="--")
-        axes[0].axvline(arguments.window_length, color="#777777", linestyle=":")
-        axes[0].set_ylim(-5, 105)
-        axes[0].set_title("right answers, %", loc="left", fontweight="bold")
-        axes[0].set_xlabel("tokens since it was told (dotted: the window; dashed: guessed)")
-        figure.suptitle(f"{Path(arguments.model or SMOLLM2).name}, window {arguments.window_length:,}")
-        plot.finish(figure, axes, table.path.with_suffix(".png"))
+        draw(table.path, f"{Path(arguments.model or SMOLLM2).name}, window {arguments.window_length:,}")
 
 
 if __name__ == "__main__":
