@@ -106,7 +106,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help=f"of {BLOCK} tokens of each")
     arguments = parsed(parser)
     model = load(arguments.model, arguments.device, arguments.dtype)
-    name = f"decode-{arguments.model}-{arguments.device.type}"
+    sinks = "" if arguments.num_sink_tokens == 4 else f"-{arguments.num_sink_tokens}-sinks"
+    name = f"decode-{arguments.model}{sinks}-{arguments.device.type}"
     table = Table(name, f"{arguments.model}: {described(arguments.device, arguments.dtype)}")
 
     def measure(batch: int, window: int) -> None:
