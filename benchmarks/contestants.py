@@ -39,6 +39,15 @@ class Clock:
         pass
 
 
+def tensors_of(cache: Any) -> list[torch.Tensor]:
+    """The keys and values of all layers of a cache of transformers."""
+    if hasattr(cache, "layers"):
+        tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    else:  # until 4.53
+        tensors = [*cache.key_cache, *cache.value_cache]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 class FullCache:
     """keeps all tokens"""
 
@@ -80,9 +89,7 @@ class FullCache:
 
     def tensors(self) -> list[torch.Tensor]:
         """The keys and values of all layers."""
-        if hasattr(self.cache, "layers"):
-            return [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return [*self.cache.key_cache, *self.cache.value_cache]
+        return tensors_of(self.cache)
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())

@@ -174,11 +174,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 style = mark if mark.endswith("--") else f"{mark}-"
                 ours = issubclass(contestant, Sinks)
                 panel.plot(*zip(*points), style, color=color, label=name, lw=4 if ours else 2, zorder=3 if ours else 2)
-        panel.set_title(title, loc="left", fontweight="bold")
+        plot.entitle(panel, title, [rows[0]["window"]])
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
         panel.set_ylim(bottom=0)
-        panel.axvline(rows[0]["window"], color="#777777", linestyle=":")
     panels[1].set_xlabel("tokens in the stream (dotted: the window)")
     figure.suptitle("{model}, {dtype}, window {window:,}\n{device}".format(**rows[0]))
     plot.finish(figure, panels, path)

@@ -27,6 +27,7 @@ from typing import Any, Optional
 import plot
 import torch
 import transformers
+from contestants import tensors_of
 from measure import RESULTS, described, load_with_tokenizer, named, now, parsed
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -66,12 +67,12 @@ class Reader:
         if self.kind == "recomputed":
             latest = tokens[None, max(0, position + 1 - self.window_length) : position + 1]
             return self.model(input_ids=latest, use_cache=False).logits[0, -1]
-        inputs = dict(input_ids=tokens[None, position, None])
-        if self.kind in ("sink", "window"):
-            inputs = self.cache.prepare_inputs(inputs["input_ids"])
+        token = tokens[None, position, None]
+        if isinstance(self.cache, SinkCache):
+            inputs = self.cache.prepare_inputs(token)
         else:
             place = torch.tensor([[position]], device=tokens.device)
-            inputs |= dict(position_ids=place, past_key_values=self.cache, use_cache=True)
+            inputs = dict(input_ids=token, position_ids=place, past_key_values=self.cache, use_cache=True)
         outputs = self.model(**inputs)
         self.cache = outputs.past_key_values
         return outputs.logits[0, -1]
@@ -97,11 +98,7 @@ class Reader:
             return 0
         if isinstance(self.cache, SinkCache):
             return self.cache.nbytes
-        if hasattr(self.cache, "key_cache"):  # until 4.53
-            tensors = [*self.cache.key_cache, *self.cache.value_cache]
-        else:
-            tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in tensors_of(self.cache))
 
 
 def measure(reader: Reader, run: dict[str, Any], tokens: torch.Tensor, every: int, file: Path) -> None:
@@ -221,12 +218,9 @@ def draw(rows: list[dict[str, Any]], window: int, sinks: int, trained: int, titl
             axes[0].plot(places, [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)], **style)
         axes[1].plot(places, [row["mib"] for row in own], **style)
         axes[2].plot(places, [row["ms"] for row in own], **style)
-    titles = ("perplexity", "keys and values, MiB", "time of a token, ms")
-    for panel, name in zip(axes, titles):
-        panel.set_title(name, loc="left", fontweight="bold")
-        panel.axvline(window, color="#777777", linestyle=":")
-        if trained < max(row["tokens"] for row in rows):
-            panel.axvline(trained, color="#777777", linestyle=":")
+    marks = [window, trained] if trained < max(row["tokens"] for row in rows) else [window]
+    for panel, name in zip(axes, ("perplexity", "keys and values, MiB", "time of a token, ms")):
+        plot.entitle(panel, name, marks)
     plot.logarithmic(axes[0])
     axes[1].set_ylim(bottom=0)
     plot.logarithmic(axes[2])

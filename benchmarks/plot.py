@@ -35,6 +35,13 @@ def panels(rows: int, height: float) -> tuple[Any, Any]:
     return figure, axes[:, 0]
 
 
+def entitle(panel: Any, title: str, marks: list[int]) -> None:
+    """Say what a panel shows, and mark places with dotted lines."""
+    panel.set_title(title, loc="left", fontweight="bold")
+    for place in marks:
+        panel.axvline(place, color="#777777", linestyle=":")
+
+
 def logarithmic(panel: Any) -> None:
     """Let powers be even steps, and say the numbers in full."""
     from matplotlib.ticker import LogLocator, NullFormatter

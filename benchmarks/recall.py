@@ -12,7 +12,6 @@ that none helps the next.
 
 import argparse
 import copy
-import csv
 import random
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import plot
 import torch
 from measure import Table, described, load_with_tokenizer, parsed
-from perplexity import NAMES, SMOLLM2, Reader, text_of
+from perplexity import NAMES, SMOLLM2, Reader, rows_of, text_of
 from tqdm import tqdm
 
 QUESTION, ANSWER = 8, 2  # tokens
@@ -41,23 +40,17 @@ def answered(reader: Reader, told: torch.Tensor, line: torch.Tensor) -> bool:
 def draw(file: Path, title: str) -> None:
     """The share of right answers against how long ago a line was told, off the table in `file`."""
     figure, (panel,) = plot.panels(1, 7)
-    with file.open(newline="") as table:
-        next(table)  # the machine
-        rows = list(csv.DictReader(table))
-    for name in dict.fromkeys(row["cache"] for row in rows):
-        places, shares = [], []
-        for row in rows:
-            if row["cache"] == name and row["lines back"] != "never told":
-                places.append(int(row["tokens back"]))
-                shares.append(100 * int(row["right"]) / int(row["asked"]))
-        panel.plot(places, shares, label=name, marker="o", **plot.STYLES[name])
+    rows = rows_of(file)
     untold = [row for row in rows if row["lines back"] == "never told"]
-    guessed = 100 * sum(int(row["right"]) for row in untold) / sum(int(row["asked"]) for row in untold)
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == name and row not in untold]
+        shares = [100 * row["right"] / row["asked"] for row in own]
+        panel.plot([row["tokens back"] for row in own], shares, label=name, marker="o", **plot.STYLES[name])
+    guessed = 100 * sum(row["right"] for row in untold) / sum(row["asked"] for row in untold)
     panel.axhline(guessed, color="#777777", linestyle="--")
-    panel.axvline(int(rows[0]["window"]), color="#777777", linestyle=":")
+    plot.entitle(panel, "right answers, %", [rows[0]["window"]])
     panel.set_ylim(-5, 105)
     panel.xaxis.set_major_formatter("{x:,.0f}")
-    panel.set_title("right answers, %", loc="left", fontweight="bold")
     panel.set_xlabel("tokens since (dotted: window; dashed: guessed)")
     figure.suptitle(title)
     plot.finish(figure, [panel], file.with_suffix(".png"))
@@ -76,7 +69,8 @@ def main() -> None:
     model, tokenizer = load_with_tokenizer(arguments.model, arguments.device, arguments.dtype)
 
     random.seed(0)
-    lines = [line for line in dict.fromkeys(" ".join(line.split()) for line in text_of(None).split("\n")) if line[60:]]
+    lines = dict.fromkeys(" ".join(line.split()) for line in text_of(None).split("\n"))
+    lines = [line for line in lines if len(line) > 60]
     asked_at = range(max(arguments.back), arguments.lines + 1, arguments.every)
     lines = [
         tokenizer(f"{line}\n", add_special_tokens=False, return_tensors="pt").input_ids[0].to(arguments.device)

@@ -60,9 +60,8 @@ def test_perplexity_is_that_of_the_next_token(measured, carrier, tmp_path):
 
     measured(tmp_path / "out", "--caches", "sink", "--tokens", "128").read()
     model = AutoModelForCausalLM.from_pretrained(carrier)
-    ids = AutoTokenizer.from_pretrained(carrier)((ROOT / "README.md").read_text(), return_tensors="pt").input_ids[
-        :, :129
-    ]
+    tokenizer, text = AutoTokenizer.from_pretrained(carrier), (ROOT / "README.md").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :129]
     cache, losses = SinkCache(32, 4).bind(model), []
     with torch.no_grad():
         for token in range(128):
