@@ -61,6 +61,10 @@ else:
         """No layer has a state that is kept."""
 
 
+# What 5.2 and later put around a model's code, torch 2.6 can't compile, with any cache.
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and every release what says where on the Hub.
@@ -842,7 +846,7 @@ class SinkCache(Cache):
     @property
     def is_bound(self) -> bool:
         """Whether `bind` was called, if only in the process that this conversation comes from."""
-        return bool(self.layers)
+        return len(self.layers) > 0  # and not `bool`, which torch 2.6 can't compile of a list
 
     @property
     def _rings(self) -> list[Ring]:
@@ -1388,7 +1392,7 @@ def _streaming(
 
 def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
     """Whether the model's code for one token can be compiled with this cache, as transformers does it by itself."""
-    return cache._sinks_only and _takes_masks(model) and getattr(model, "_can_compile_fullgraph", True)
+    return COMPILES and cache._sinks_only and _takes_masks(model) and getattr(model, "_can_compile_fullgraph", True)
 
 
 def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
