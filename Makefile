@@ -2,7 +2,7 @@
 # make chat    a chat without end in the terminal        (ARGS='--model Qwen/Qwen3-0.6B --system "Be brief."')
 # make test    everything: what CI runs
 # make quick   the tests that take seconds, on the newest release of transformers
-# make matrix  the tests on nine releases of transformers, from the oldest supported to the newest, and a table
+# make matrix  the tests on ten releases of transformers, from the oldest supported to the newest, and a table
 # make perplexity                  perplexity, memory and time along a text: the README's first picture
 # make recall                      what a window forgets: questions about lines some way back
 # make prompt                      what the chunks of a long prompt cost in perplexity

@@ -991,9 +991,11 @@ class SinkCache(Cache):
             for ring in self._rings:
                 ring.shift_back(distances)
             for layer, rotation in zip(self.layers, self._rotations):
-                if not isinstance(layer, SinkLayer) and rotation is not None and layer.is_initialized:
-                    states = getattr(layer, rotation.tensor).clone()
-                    setattr(layer, rotation.tensor, rotation.turn(states, [-distance for distance in distances]))
+                own = not isinstance(layer, SinkLayer) and rotation is not None
+                states = getattr(layer, rotation.tensor, None) if own else None
+                if states is not None:
+                    turned = rotation.turn(states.clone(), [-distance for distance in distances])
+                    setattr(layer, rotation.tensor, turned)
             self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
             self.step = None
 
