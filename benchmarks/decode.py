@@ -45,12 +45,14 @@ class Contestant:
         self.seen, self.graphs = 0, 0
         self.ids = torch.randint(1, model.config.vocab_size, (batch, window), device=model.device)
         self.ids = self.ids[:, : window - {"dynamic": BLOCK // 2, "static": BLOCK}.get(self.kind, 0)]
-        self.generate(1)
+        # By chunks, as a mask over all of a long prompt would not fit into memory, and not compiled for them.
+        self.generate(1, prefill_chunk_size=1024, disable_compile=True)
 
-    def generate(self, new_tokens: int) -> list[float]:
+    def generate(self, new_tokens: int, **kwargs) -> list[float]:
         """Generate so many tokens; return the seconds that each took but the first."""
         clock, length = Clock(), self.seen + self.ids.shape[1]
-        settings = dict(past_key_values=self.cache, max_new_tokens=new_tokens, streamer=clock, **self.settings)
+        settings = dict(past_key_values=self.cache, max_new_tokens=new_tokens, streamer=clock)
+        settings |= self.settings | kwargs
         settings["attention_mask"] = self.ids.new_ones(len(self.ids), length)
         call = generate if self.kind == "ours" else type(self.model).generate
         self.ids = call(self.model, input_ids=self.ids, **settings)[:, -1:]
