@@ -100,7 +100,7 @@ def compile_config(device: torch.device) -> CompileConfig:
 
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed. Where a mask makes transformers repeat keys for each query head, compiled
-    code allocates some 10 MiB a layer, and giving them back costs page faults: of one contestant more than of another,
+    code allocates tens of MiB a layer, and giving them back costs page faults: of one contestant more than of another,
     by what lies behind them in memory."""
     m_trim_threshold, m_mmap_max = -1, -4
     ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)

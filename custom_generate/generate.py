@@ -991,11 +991,9 @@ class SinkCache(Cache):
             for ring in self._rings:
                 ring.shift_back(distances)
             for layer, rotation in zip(self.layers, self._rotations):
-                own = not isinstance(layer, SinkLayer) and rotation is not None
-                states = getattr(layer, rotation.tensor, None) if own else None
-                if states is not None:
-                    turned = rotation.turn(states.clone(), [-distance for distance in distances])
-                    setattr(layer, rotation.tensor, turned)
+                if not isinstance(layer, SinkLayer) and rotation is not None and rotation.tensor in _tensors(layer):
+                    states = getattr(layer, rotation.tensor).clone()
+                    setattr(layer, rotation.tensor, rotation.turn(states, [-distance for distance in distances]))
             self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
             self.step = None
 
