@@ -5,47 +5,62 @@
     make flat ARGS="--generate"                             in one call of `generate`, and not in a loop of one's own
 
 For each tenth of the stream: the median time of a token, and what the process (or the GPU) holds at its end. A call of
-`generate` keeps all ids: how much of what it hands to a step grows has a column of its own.
+`generate` keeps all ids: how much of what it hands to a step grows has a column of its own. A machine may change its
+pace over so long a time: after each 20th token a plain step, one token through the model without a cache, is timed as
+well, and what counts is the time of a token beside that.
 """
 
 import argparse
 import functools
 import statistics
-import time
 from array import array
+from collections.abc import Callable
 from typing import Optional
 
 import torch
-from measure import MODELS, Table, described, held, load, parsed
+from measure import MODELS, Table, described, held, load, now, parsed, target
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import SinkCache, generate
 
+EVERY = 20  # tokens, of which the last has a plain step beside it
+
 
 class Tenths(BaseStreamer):
     """Takes the prompt, then token by token, once they are on the CPU; holds no more at the end than at the start."""
 
-    def __init__(self, tokens: int, device: torch.device, table: Table):
+    def __init__(self, tokens: int, device: torch.device, table: Table, plain_step: Callable[[], object]):
         self.device, self.table, self.progress = device, table, tqdm(total=tokens, unit="token")
         self.seconds, self.count, self.latest = array("d", bytes(8 * (tokens // 10))), 0, None
+        self.plain_step, self.ratios = plain_step, array("d", bytes(8 * (tokens // 10 // EVERY)))
         self.kept_by_generate: Optional[int] = None  # bytes
-        self.figures: list[tuple[float, float]] = []  # ms and MiB of each tenth
+        self.figures: list[tuple[float, float]] = []  # of each tenth: a token's time, in plain steps, and MiB
 
     def put(self, value: torch.Tensor) -> None:
-        now, before = time.perf_counter(), self.latest
-        self.latest = now
-        if before is None:  # the prompt
-            return
-        self.seconds[self.count % len(self.seconds)] = now - before
-        self.count += 1
-        self.progress.update()
-        if self.count % len(self.seconds) == 0:
-            self.figures.append((1000 * statistics.median(self.seconds), held(self.device)))
-            (ms, mib), kib = self.figures[-1], self.kept_by_generate and self.kept_by_generate / 1024
-            self.table.add(**{"tokens": self.count, "ms a token": ms, "held, MiB": mib, "of it generate's, KiB": kib})
-            self.latest = time.perf_counter()
+        came = now(self.device)
+        if self.latest is not None:  # it is no prompt
+            self.seconds[self.count % len(self.seconds)] = came - self.latest
+            self.count += 1
+            self.progress.update()
+            if self.count % EVERY == 0:
+                self.compare(came - self.latest)
+            if self.count % len(self.seconds) == 0:
+                self.conclude()
+        self.latest = now(self.device)
+
+    def compare(self, seconds: float) -> None:
+        begun = now(self.device)
+        self.plain_step()
+        self.ratios[(self.count // EVERY - 1) % len(self.ratios)] = seconds / (now(self.device) - begun)
+
+    def conclude(self) -> None:
+        ms, ratio = 1000 * statistics.median(self.seconds), statistics.median(self.ratios)
+        mib, kib = held(self.device), self.kept_by_generate and self.kept_by_generate / 1024
+        self.figures.append((ratio, mib))
+        row = {"tokens": self.count, "ms a token": ms, "of a plain step": ratio, "held, MiB": mib}
+        self.table.add(**row, **{"of it generate's, KiB": kib})
 
     def end(self) -> None:
         self.progress.close()
@@ -68,7 +83,7 @@ def weigh(model: PreTrainedModel, tenths: Tenths) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000, help=f"a multiple of {10 * EVERY}")
     parser.add_argument("--window-length", type=int, default=256)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
     parser.add_argument("--generate", action="store_true", help="in one call of `generate`")
@@ -78,8 +93,9 @@ def main() -> None:
     driven = "generate" if arguments.generate else "loop"
     table = Table(f"flat-{driven}-{arguments.model}-{arguments.device.type}", machine)
     cache = SinkCache(arguments.window_length, arguments.num_sink_tokens).bind(model)
-    tenths = Tenths(arguments.tokens, arguments.device, table)
     ids = torch.ones(1, 1, dtype=torch.long, device=arguments.device)
+    plain_step = functools.partial(model, torch.ones_like(ids), use_cache=False)
+    tenths = Tenths(arguments.tokens, arguments.device, table, plain_step)
 
     if arguments.generate:
         weigh(model, tenths)
@@ -92,9 +108,9 @@ def main() -> None:
         tenths.end()
 
     first = -(-arguments.window_length // len(tenths.seconds))  # the first tenth on a full window
-    (ms, mib), (last_ms, last_mib) = tenths.figures[first], tenths.figures[-1]
-    print(f"\nThe last tenth took {last_ms / ms:.3f} times as long as the one after filling, ", end="")
-    print(f"and at its end {last_mib - mib:+.1f} MiB were held.")
+    (ratio, mib), (last_ratio, last_mib) = tenths.figures[first], tenths.figures[-1]
+    target("The last tenth beside the one after filling, both in plain steps", last_ratio / ratio, at_most=1.05)
+    print(f"At its end {last_mib - mib:+.1f} MiB were held.")
 
 
 if __name__ == "__main__":
