@@ -5,6 +5,7 @@ import torch
 import transformers
 from helpers import RELEASE, left_padded, prompt, seeded, small_model
 from packaging.version import Version
+from torch._inductor import compile_fx
 from transformers import CompileConfig
 
 from custom_generate.generate import COMPILES, SinkCache, generate
@@ -156,6 +157,29 @@ def test_code_for_this_processor():
     sequences = stream(model, prompt(5), compile_config=config)
     assert torch.equal(sequences, stream(model, prompt(5)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS
+
+
+@pytest.mark.slow
+def test_compiled_code_writes_only_where_cuda_graphs_may():
+    """Such code is not recorded as a CUDA graph if it writes into inputs whose place in memory is not known to stay."""
+    written, static = [], []
+
+    def compile_graph(graph, inputs, static_input_idxs=(), **kwargs):
+        code = compile_fx.compile_fx_inner(graph, inputs, static_input_idxs=static_input_idxs, **kwargs)
+        written.append(set(code.mutated_input_idxs))
+        static.append(set(static_input_idxs))
+        return code
+
+    def backend(graph, inputs):
+        patches = {"force_disable_caches": True}  # what another run has compiled is not seen here
+        return compile_fx.compile_fx(graph, inputs, inner_compile=compile_graph, config_patches=patches)
+
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    stream(model_that_shifts_back(), prompt(5), compile_config=config)
+    assert len(written) == GRAPHS
+    assert all(len(each) == 4 for each in written)  # keys and values of two layers
+    assert all(each <= known for each, known in zip(written, static))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
