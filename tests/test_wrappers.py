@@ -175,21 +175,24 @@ def quantized(bits: int, dtype: torch.dtype, folder):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    small_model().save_pretrained(folder)
+    # By 64, as on some processors bitsandbytes packs weights of 4 bits.
+    small_model(intermediate_size=128).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, torch_dtype=dtype, device_map="cpu"
     ).eval()
 
 
-# Only the weights are quantized, so a token's logits don't depend on what is computed beside it: 1e-6 in float32. In
-# bfloat16, decoding without eviction is up to 1.4e-2 off one pass over all tokens, and a stream 2e-2; a sink that is
+# With 4 bits only the weights are quantized, so in float32 a token's logits are what they are beside others, to 1e-6.
+# With 8 bits so are the activations, where the last bit of a float32 may decide which way one rounds: 4e-3 was seen.
+# In bfloat16, decoding without eviction is up to 1.4e-2 off one pass over all tokens, and a stream 2e-2. A sink that is
 # turned the wrong way shows as 0.6.
 @pytest.mark.skipif(RELEASE < Version("4.53"), reason="transformers 4.52 takes bitsandbytes on no CPU but Intel's")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_model(bits, dtype, tolerance, tmp_path):
+def test_a_quantized_model(bits, dtype, tmp_path):
+    tolerance = 1e-5 if (bits, dtype) == (4, torch.float32) else 5e-2
     model = quantized(bits, dtype, tmp_path)
     with torch.no_grad():
-        plain = small_model()(prompt(20)).logits[0]
+        plain = small_model(intermediate_size=128)(prompt(20)).logits[0]
         assert difference(model(prompt(20)).logits[0].float(), plain) > 1e-2
     assert error("custom_generate", model, model) < tolerance
