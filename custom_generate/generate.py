@@ -159,7 +159,8 @@ class Rotation:
 
         The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
         """
-        angles = torch.tensor(distances, dtype=torch.float64)[:, None, None, None] * self.frequencies
+        distances = torch.tensor(distances, dtype=torch.float64, device="cpu")
+        angles = distances[:, None, None, None] * self.frequencies
         turns = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
         return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
 
@@ -216,6 +217,9 @@ def read_model(model: PreTrainedModel) -> Reading:
             f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, which a stream must choose to "
             "keep them bounded. Use a model with rotary position embeddings (RoPE)."
         )
+    advice = "Use a model with rotary position embeddings (RoPE)."
+    if model.training:
+        advice = "It is in training mode, where dropout changes what it does: call `model.eval()` first."
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
     try:
@@ -238,19 +242,20 @@ def read_model(model: PreTrainedModel) -> Reading:
             raise ValueError(
                 f"`model` ({name}) can't be streamed: the keys of its layer {layer_idx} change with their position, "
                 "but not by a rotation (learned position embeddings do this), so they can't be moved as tokens are "
-                "evicted. Use a model with rotary position embeddings (RoPE)."
+                f"evicted. {advice}"
             )
         rotations.append(turning[0] if turning else None)
     if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model)):
         raise ValueError(
             f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so the model knows the "
-            "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. Use a "
-            "model with rotary position embeddings (RoPE)."
+            "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. "
+            f"{advice}"
         )
     if not relative:
         raise ValueError(
             f"`model` ({name}) can't be streamed: what its tokens see of each other changes when all move by the same "
-            "distance (some models scale their queries by position), and a stream moves them to keep positions bounded."
+            "distance (some models scale their queries by position), and a stream moves them to keep positions "
+            f"bounded. {advice}"
         )
     fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
     slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
@@ -260,9 +265,9 @@ def read_model(model: PreTrainedModel) -> Reading:
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
-    embeddings = model.get_input_embeddings().weight
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
-    tokens = torch.tensor([[embeddings.shape[0] * part // 8] for part in (1, 3, 5, 7)], device=embeddings.device)
+    tokens = torch.tensor([[vocabulary * part // 8] for part in (1, 3, 5, 7)], device=_device(model))
     cache = _own_cache(model.config)
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
     return _cached(cache)
@@ -270,8 +275,14 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
 
 def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Four rows of `length` tokens, int64."""
-    embeddings = model.get_input_embeddings().weight
-    return torch.arange(4 * length, device=embeddings.device).view(4, length) % embeddings.shape[0]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(4 * length, device=_device(model)).view(4, length) % vocabulary
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the model gets its tokens: on the CPU if accelerate keeps its weights elsewhere until they are needed."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -424,7 +435,7 @@ def _trained_length(config: Any) -> Optional[int]:
 
 def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask that attention adds to its scores where it `attends` or not."""
-    return torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
+    return torch.zeros_like(attends, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
 
 
 class Step:
@@ -468,12 +479,12 @@ class Step:
     @functools.cached_property
     def attended(self) -> torch.Tensor:
         """The slots of the kept tokens, oldest first: int64 `[rows, max(kept)]`, rows with fewer filled up with 0."""
-        attended = torch.zeros(len(self.held), max(self.kept), dtype=torch.long)
-        for row, (held, kept) in enumerate(zip(self.held, self.kept)):
+        attended = []
+        for held, kept in zip(self.held, self.kept):
             sinks = min(held, self.num_sink_tokens)
             tokens = [*range(sinks), *range(held - kept + sinks, held)]
-            attended[row, :kept] = torch.tensor([self.slot(token) for token in tokens], dtype=torch.long)
-        return attended
+            attended.append([self.slot(token) for token in tokens] + [0] * (max(self.kept) - kept))
+        return torch.tensor(attended, dtype=torch.long, device="cpu")
 
     @functools.cached_property
     def stored(self) -> tuple:
@@ -485,17 +496,17 @@ class Step:
             for token in range(held, held + new)
             if token < self.num_sink_tokens or token >= held + new - room
         ]
-        rows, columns, slots = torch.tensor(entries, dtype=torch.long).view(-1, 3).unbind(1)
+        rows, columns, slots = torch.tensor(entries, dtype=torch.long, device="cpu").view(-1, 3).unbind(1)
         return slice(None) if len(self.held) == 1 else rows, columns, slots
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
-        kept, new = (torch.tensor(count)[:, None, None] for count in (self.kept, self.new))
-        column = torch.arange(self.length)
+        kept, new = (torch.tensor(count, device="cpu")[:, None, None] for count in (self.kept, self.new))
+        column = torch.arange(self.num_keys, device="cpu")
         if self.length == 1:
-            attends = torch.arange(self.num_keys) < kept + new
+            attends = column < kept + new
         else:
-            old = (torch.arange(max(self.kept)) < kept).expand(-1, self.length, -1)
+            old, column = (column[: max(self.kept)] < kept).expand(-1, self.length, -1), column[: self.length]
             attends = torch.cat([old, (column <= column[:, None]) & (column >= self.length - new)], dim=-1)
         return _additive(attends[:, None], dtype).to(device)
 
@@ -529,6 +540,7 @@ class Ring:
         self.sinks: Optional[torch.Tensor] = None  # float32 `[layers, batch, kv_heads, sinks, pairs, 2]`
         self.shifts = [0]  # how far the sinks in the slots were moved, each row's
 
+    @torch.inference_mode(False)
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
         keys, values = (
@@ -540,6 +552,7 @@ class Ring:
             shape = self._turning(slice(0, self.num_sink_tokens)).shape
             self.sinks = torch.zeros(shape, device=keys.device)
 
+    @torch.inference_mode(False)
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
         self.keys, self.values = keys, values
@@ -547,11 +560,11 @@ class Ring:
         self.slots = torch.zeros_like(self.rows)
         _write_where_it_is(self.rows, self.slots)
 
-    def replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put `function(tensor)` in the place of each tensor held."""
-        if self.keys is not None:
-            self.hold(function(self.keys), function(self.values))
-            self.sinks = None if self.sinks is None else function(self.sinks)
+    @torch.inference_mode(False)
+    def follow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Go to the device, and take on the dtype, of keys and values like these."""
+        self.hold(self.keys.to(key_states), self.values.to(value_states))
+        self.sinks = None if self.sinks is None else self.sinks.to(key_states.device)
 
     def _turning(self, slots: slice) -> torch.Tensor:
         """What turns in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
@@ -566,7 +579,7 @@ class Ring:
         in_slots = self._turning(slice(0, self.num_sink_tokens))
         if not all(self.shifts):  # those of some rows have not moved yet
             unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
-            self.sinks = torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks).contiguous()
+            self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
         in_slots.copy_(self.rotation.turned(self.sinks, shifts))
         self.shifts = shifts
 
@@ -576,9 +589,13 @@ class Ring:
             for window in self._turning(slice(self.num_sink_tokens, None)):  # by layers: less memory in between
                 window.copy_(self.rotation.turned(window.float(), [-distance for distance in distances]))
 
+    @torch.inference_mode(False)
     def reorder(self, indices: torch.Tensor) -> None:
         """Make row `i` of the batch what row `indices[i]` was."""
-        self.replace(lambda states: states.index_select(1, indices.to(states.device)))
+        if self.keys is not None:
+            rows = indices.to(self.keys.device)
+            self.hold(self.keys.index_select(1, rows), self.values.index_select(1, rows))
+            self.sinks = None if self.sinks is None else self.sinks.index_select(1, rows)
         if len(self.shifts) > 1:
             self.shifts = [self.shifts[row] for row in indices.tolist()]
 
@@ -588,6 +605,12 @@ def _write_where_it_is(*tensors: torch.Tensor) -> None:
     if not torch.compiler.is_compiling():  # as a prompt is, if it was the user who compiled the model
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def _alike(held: "Ring | SinkLayer", key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+    """Whether what is held is where such keys and values are, and of their dtype: not after a turn under autocast."""
+    keys, values = held.keys, held.values
+    return keys.device == key_states.device and keys.dtype == key_states.dtype and values.dtype == value_states.dtype
 
 
 class SinkLayer(CacheLayerMixin):
@@ -615,13 +638,13 @@ class SinkLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, where they are."""
-        ring, device = self.ring, key_states.device
+        ring = self.ring
         if ring.keys is None:
             ring.allocate(key_states, value_states)
-        elif ring.keys.device != device and self.index == 0:  # the conversation was held elsewhere
-            ring.replace(lambda states: states.to(device))
-        elif ring.keys.device != device:  # and its layers are in several places now
-            self.leave(device)
+        elif not _alike(ring, key_states, value_states):
+            if self.index > 0:  # what was held in one place is in several now
+                ring = self.leave()
+            ring.follow(key_states, value_states)
         self.is_initialized = True
         self.look()
 
@@ -631,15 +654,13 @@ class SinkLayer(CacheLayerMixin):
             self.keys, self.values = self.ring.keys[self.index], self.ring.values[self.index]
             _write_where_it_is(self.keys, self.values)
 
-    def leave(self, device: torch.device) -> None:
-        """Take this layer's part out of its ring, into a ring of its own on `device`."""
+    def leave(self) -> Ring:
+        """Take this layer's part out of its ring, into a ring of its own."""
         old, part = self.ring, slice(self.index, self.index + 1)
-        ring = Ring(old.window_length, old.num_sink_tokens, old.rotation)
-        ring.keys, ring.values, ring.shifts = old.keys[part], old.values[part], old.shifts
-        ring.sinks = None if old.sinks is None else old.sinks[part]
-        ring.replace(lambda states: states.to(device))
-        self.ring, self.index = ring, 0
-        self.look()
+        self.ring, self.index = Ring(old.window_length, old.num_sink_tokens, old.rotation), 0
+        self.ring.keys, self.ring.values, self.ring.shifts = old.keys[part], old.values[part], old.shifts
+        self.ring.sinks = None if old.sinks is None else old.sinks[part]
+        return self.ring
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -651,7 +672,7 @@ class SinkLayer(CacheLayerMixin):
             order of the sequence, new tokens last, for several.
         """
         key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
-        if not self.is_initialized or self.keys.device != key_states.device:
+        if not self.is_initialized or not _alike(self, key_states, value_states):
             SinkLayer.lazy_initialization(self, key_states, value_states)
         self.ring.move_sinks(step.shifts)
         keys, values = key_states, value_states
@@ -955,6 +976,7 @@ class SinkCache(Cache):
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
             )
+        self.refuse_half_a_step()
         start, (batch_size, length) = self.get_seq_length(), input_ids.shape
         needed = [batch_size, start + length]
         if attention_mask is not None and list(attention_mask.shape) != needed:
@@ -997,7 +1019,7 @@ class SinkCache(Cache):
             self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
             self.step = None
 
-    def point_slots(self, step: Step, model: PreTrainedModel) -> torch.Tensor:
+    def point_slots(self, step: Step, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Do what compiled code leaves out of a `step` of one token, which are all the numbers; return its mask.
 
         The mask is additive, `[rows, 1, 1, window_length]`, and hides the slots that are not filled yet. It stays when
@@ -1005,13 +1027,27 @@ class SinkCache(Cache):
         """
         for ring in self._rings:
             ring.move_sinks(step.shifts)
-            ring.slots.copy_(torch.tensor(step.slots))
+            ring.slots.copy_(torch.tensor(step.slots, device="cpu"))
         if self._slots_mask is None:
-            filled = torch.tensor(step.held)[:, None] >= torch.arange(self.window_length)
-            self._slots_mask = _additive(filled[:, None, None], model.dtype).to(model.device)
+            held = torch.tensor(step.held, device=device)[:, None]
+            filled = torch.arange(self.window_length, device=device) <= held
+            self._slots_mask = _additive(filled[:, None, None], dtype)
         elif min(step.held) < self.window_length:
             self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
         return self._slots_mask
+
+    def refuse_half_a_step(self) -> None:
+        """Raise if an error left the cache in the middle of a forward pass, where some layers took in its tokens."""
+        counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
+        counts -= {None}  # of layers that don't count
+        step, has_states = self.step, any(isinstance(layer, StateLayer) for layer in self.layers)
+        if len(counts) > 1 or (
+            has_states and step is not None and step.prepared and {step.start + step.length} != counts
+        ):
+            raise ValueError(
+                "The `SinkCache` in `past_key_values` was left in the middle of a forward pass by an error: its layers "
+                "disagree about the tokens seen. `reset()` it, or use a new one."
+            )
 
     def written(self) -> None:
         """Count the token that compiled code wrote."""
@@ -1116,10 +1152,12 @@ class SinkCache(Cache):
         """Write the conversation held to one safetensors file, from which `load` goes on in any process.
 
         Raises:
-            ValueError: the cache is not bound, or empty.
+            ValueError: the cache is not bound, empty, or was left in the middle of a forward pass by an error.
+            OSError: `path` can't be written.
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        self.refuse_half_a_step()
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.move_sinks([0])
         tensors = {"fingerprint": self._fingerprint}
@@ -1130,7 +1168,10 @@ class SinkCache(Cache):
         state = {name: getattr(self, name) for name in SAVED_STATE}
         state["seen"] = self.get_seq_length()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
+        try:
+            safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"`path` can't be written, got {os.fspath(path)!r}: {error}") from error
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
@@ -1138,13 +1179,14 @@ class SinkCache(Cache):
 
         Raises:
             ValueError: `path` is no such file, or of a conversation with another model.
+            OSError: `path` can't be read.
         """
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "sink_cache" not in metadata:
-                raise ValueError(f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}.")
-            state = json.loads(metadata["sink_cache"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                state = json.loads((file.metadata() or {})["sink_cache"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise ValueError(f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}.") from error
         cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
         _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
         cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
@@ -1153,7 +1195,7 @@ class SinkCache(Cache):
             held = {}
             for name, tensor in tensors.items():
                 if name.rpartition(".")[2] == str(layer_idx):
-                    held[name.rpartition(".")[0]] = tensor.to(model.device)
+                    held[name.rpartition(".")[0]] = tensor.to(_device(model))
             _hold(layer, held, state["seen"])
         return cache
 
@@ -1340,7 +1382,8 @@ def _streaming(
         cache.latest_ids, cache.latest_end = input_ids, end
         _count_columns(kwargs, start, end, input_ids.device)
         inputs = prepare(input_ids, *args, **kwargs)
-        if inputs.get("past_key_values") is not cache:  # some start over where their frequencies change
+        # Some start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
+        if inputs.get("past_key_values") is not cache or _new_tokens(inputs).shape[1] > end - start:
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
         if not prompt:
             return _inputs_for_step(stand_in, cache, inputs)
@@ -1437,7 +1480,7 @@ def _new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 def _natural_positions(cache: SinkCache, length: int) -> torch.Tensor:
     """Which tokens of their rows the next `length` columns are, negative for padding: int64 `[rows, length]`."""
     start = cache.get_seq_length()
-    return torch.arange(start, start + length) - torch.tensor(cache.pads)[:, None]
+    return torch.arange(start, start + length, device="cpu") - torch.tensor(cache.pads, device="cpu")[:, None]
 
 
 def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -1499,7 +1542,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if cache.static:
         # Strides that depend on how many tokens there were would have the code compiled again.
         inputs["position_ids"] = positions.clone(memory_format=torch.contiguous_format)
-        inputs["attention_mask"] = cache.point_slots(step, model)
+        inputs["attention_mask"] = cache.point_slots(step, model.dtype, tokens.device)
     elif any(cache.pads) or step.evicts:
         inputs["attention_mask"] = None
         if step.needs_mask and not _takes_masks(model):
@@ -1507,11 +1550,13 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
                 "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
                 '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
             )
-        if step.needs_mask or (not MASKS_FOLLOW_THE_CACHE and _takes_masks(model)):
-            inputs["attention_mask"] = step.mask(model.dtype, model.device)
-        if any(cache.pads) and not cache._sinks_only:
-            attended = torch.arange(step.start + length) >= torch.tensor(cache.pads)[:, None]
-            attended = attended.expand(batch_size, -1).to(model.device)
+        by_kind = any(cache.pads) and not cache._sinks_only
+        if step.needs_mask or (((by_kind and length > 1) or not MASKS_FOLLOW_THE_CACHE) and _takes_masks(model)):
+            inputs["attention_mask"] = step.mask(model.dtype, tokens.device)
+        if by_kind:  # then a model makes none by itself
+            attended = torch.arange(step.start + length, device=tokens.device)
+            attended = attended >= torch.tensor(cache.pads, device=tokens.device)[:, None]
+            attended = attended.expand(batch_size, -1)
             # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
             of_states = attended[:, -length:] if step.start < max(cache.pads) else None
             inputs["attention_mask"] = {
@@ -1615,8 +1660,8 @@ def generate(
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
         _refuse_cache(cache, window)
-    columns, left_out = _columns(kwargs)
-    _refuse_seen_tokens(cache, columns)
+    columns, left_out, start = _columns(kwargs)
+    _refuse_other_columns(cache, columns, start)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     cache.bind(model)
     stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress)
@@ -1703,25 +1748,32 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
-def _columns(kwargs: dict[str, Any]) -> tuple[int, int]:
-    """How many columns the conversation has that a call of `generate` goes on from, and how many its ids leave out."""
+def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """How many columns the conversation has that a call of `generate` goes on from; how many of them its ids leave out,
+    and how many its ids and embeddings do."""
     ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    given, *others = (
+    given, embedded, masked = (
         0 if tensor is None else tensor.shape[1]
         for tensor in (ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
     )
-    columns = max(given, *others)
-    return columns, columns - given
+    columns = max(given, embedded, masked)
+    return columns, columns - given, columns - max(given, embedded)
 
 
-def _refuse_seen_tokens(cache: SinkCache, columns: int) -> None:
-    """Raise if a conversation of so many columns has nothing that `cache` has not seen."""
+def _refuse_other_columns(cache: SinkCache, columns: int, start: int) -> None:
+    """Raise unless what is given of a conversation, its `columns` from `start` on, goes on where `cache` has got to."""
     seen = cache.get_seq_length()
     if 0 < columns <= seen:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
             f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. To "
             "start another one, `reset()` it."
+        )
+    if seen < start < columns:
+        raise ValueError(
+            f"`input_ids` must go on after the {seen} tokens that the `SinkCache` has seen, but are the last "
+            f"{columns - start} of the {columns} in `attention_mask`: {start - seen} are missing. The last token that "
+            "was generated has not been seen, so pass it too."
         )
 
 
@@ -1807,11 +1859,4 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in past_key_values.layers}
-    counts -= {None}  # of layers that don't count
-    step, has_states = past_key_values.step, any(isinstance(layer, StateLayer) for layer in past_key_values.layers)
-    if len(counts) > 1 or (has_states and step is not None and step.prepared and {step.start + step.length} != counts):
-        raise ValueError(
-            "`past_key_values` was left in the middle of a forward pass by an error: its layers disagree about the "
-            "tokens seen. `reset()` it, or use a new `SinkCache`."
-        )
+    past_key_values.refuse_half_a_step()

@@ -62,6 +62,17 @@ def test_turns_of_padded_rows_by_their_new_tokens():
     assert torch.equal(new.sequences[:, -20:], whole.sequences[:, -20:])
 
 
+def test_new_tokens_of_which_the_cache_has_seen_some():
+    model, cache = small_model(), SinkCache(16, 4)
+    said = torch.cat([answer(model, cache, prompt(40)).sequences, prompt(7)], dim=1)
+    mask, seen = torch.ones_like(said), cache.get_seq_length()
+    again = copy.deepcopy(cache)
+    expected = answer(model, cache, said, attention_mask=mask).sequences
+    assert torch.equal(
+        answer(model, again, said[:, seen - 4 :], attention_mask=mask).sequences, expected[:, seen - 4 :]
+    )
+
+
 # --- as an object
 
 
@@ -141,12 +152,19 @@ def test_a_saved_conversation_is_of_one_model(tmp_path):
 
 
 def test_what_can_not_be_saved_or_loaded(tmp_path):
+    _, cache, *_ = a_conversation()
+    with pytest.raises(OSError, match="`path` can't be written, got .*nowhere"):
+        cache.save(tmp_path / "nowhere" / "conversation.safetensors")
     with pytest.raises(ValueError, match="Only a bound `SinkCache` that holds tokens can be saved"):
         SinkCache(16, 4).save(tmp_path / "empty.safetensors")
     model = small_model()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`path` must be a file that `SinkCache.save` wrote.*model.safetensors"):
         SinkCache.load(tmp_path / "model.safetensors", model)
+    with pytest.raises(ValueError, match="`path` must be a file that `SinkCache.save` wrote.*config.json"):
+        SinkCache.load(tmp_path / "config.json", model)
+    with pytest.raises(FileNotFoundError):
+        SinkCache.load(tmp_path / "nothing", model)
 
 
 def test_reset_starts_another_conversation():
@@ -215,7 +233,8 @@ def test_cropping_what_evicted_is_refused():
 def test_layers_that_are_in_several_places_now():
     model, cache, sequences, expected = a_conversation(40, rows=2, max_position_embeddings=20)
     for layer in cache.layers[1:]:  # as one does that meets keys of another device
-        layer.leave(layer.keys.device)
+        layer.leave()
+        layer.look()
     assert len({id(layer.ring) for layer in cache.layers}) == len(cache.layers)
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([1, 0]))

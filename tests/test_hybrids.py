@@ -106,6 +106,16 @@ def test_each_row_as_if_alone(name, prefill_chunk_size):
 
 
 @pytest.mark.parametrize("name", SERVED)
+def test_rows_that_hold_equally_many_tokens(name):
+    # Their prompts are longer than the window, and so is none of the padding left when several tokens come.
+    model = hybrid(name)
+    settings = dict(max_new_tokens=10, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    alone = generate(model, 16, 4, input_ids=prompt(60, seed=1), **settings)
+    batch = generate(model, 16, 4, **left_padded([prompt(60, seed=1), prompt(55, seed=2)], padding=7), **settings)
+    assert difference(torch.stack(batch.logits)[:, 0], torch.cat(alone.logits)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
     model = hybrid(name, max_position_embeddings=20)
     first = stream(model, prompt(30), 10)

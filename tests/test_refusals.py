@@ -133,7 +133,7 @@ def test_a_cache_that_took_in_tokens_unbound():
     assert cache.get_seq_length() == 5 and not cache.is_bound
 
 
-def test_a_cache_left_in_the_middle_of_a_forward_pass():
+def test_a_cache_left_in_the_middle_of_a_forward_pass(tmp_path):
     model = small_model()
     cache = SinkCache(16, 4)
     first = generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=30)
@@ -142,8 +142,13 @@ def test_a_cache_left_in_the_middle_of_a_forward_pass():
     with pytest.raises(KeyboardInterrupt):
         generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
     hook.remove()
-    with pytest.raises(ValueError, match="`past_key_values` was left in the middle"):
-        generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
+    for go_on in (
+        lambda: generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5),
+        lambda: cache.prepare_inputs(turn[:, -1:]),
+        lambda: cache.save(tmp_path / "conversation"),
+    ):
+        with pytest.raises(ValueError, match="`past_key_values` was left in the middle"):
+            go_on()
     cache.reset()
     generate(model, input_ids=prompt(40), past_key_values=cache, max_new_tokens=5)
 
@@ -156,6 +161,18 @@ def test_a_conversation_that_the_cache_has_seen():
         with pytest.raises(ValueError, match="`input_ids` must be the whole conversation, longer than the 34 tokens"):
             generate(model, input_ids=seen, past_key_values=cache, max_new_tokens=5)
     assert passes == [] and cache.get_seq_length() == 34
+
+
+@pytest.mark.parametrize("seen, missing, new", [(34, 1, 1), (34, 5, 2), (0, 3, 5)])
+def test_tokens_that_the_cache_has_not_seen_and_is_not_given(seen, missing, new):
+    model, cache = small_model(), SinkCache(16, 4)
+    if seen:
+        generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=seen - 4)
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match=f"`input_ids` must go on after the {seen} tokens.*: {missing} are missing"):
+        mask = torch.ones(1, seen + missing + new)
+        generate(model, input_ids=prompt(new), attention_mask=mask, past_key_values=cache, max_new_tokens=5)
+    assert passes == [] and cache.get_seq_length() == seen
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -267,6 +284,14 @@ def test_models(build, reason):
         generate(model, input_ids=prompt(5), max_new_tokens=5)
     # At most those that read the rotation, of single tokens, and see whether four give the same elsewhere.
     assert passes in ([], [1], [1, 1], [1, 1, 4, 4, 4])
+
+
+def test_a_model_in_training_mode_with_dropout():
+    model = small_model(attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"`model`.*can't be streamed.*training mode.*`model.eval\(\)` first"):
+        generate(model, input_ids=prompt(5), max_new_tokens=5)
+    assert model.training
+    generate(model.eval(), input_ids=prompt(5), max_new_tokens=5)
 
 
 # --- a model called by itself, where the cache sees neither mask nor positions

@@ -1,0 +1,106 @@
+"""Modes of torch and accelerate that a program may be in, or only in some turns: a stream is the same in all."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from helpers import difference, left_padded, oracle, prompt, small_model
+
+from custom_generate.generate import SinkCache, generate
+
+
+def turns(model, *modes, cache=None):
+    """The tokens, and the logits of the last, of a turn in each mode."""
+    cache = SinkCache(16, 4) if cache is None else cache
+    sequences = prompt(0)
+    for turn, mode in enumerate(modes):
+        ids = torch.cat([sequences, prompt(5, seed=turn)], dim=1)
+        with mode:
+            output = generate(
+                model,
+                input_ids=ids,
+                past_key_values=cache,
+                prefill_chunk_size=1,
+                max_new_tokens=20,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        sequences = output.sequences.clone()
+    return sequences, torch.cat(output.logits).float()
+
+
+def test_inference_mode_in_some_turns(tmp_path):
+    model = small_model(max_position_embeddings=20)
+    plain, inference = torch.no_grad(), torch.inference_mode()
+    cache = SinkCache(16, 4)
+    tokens, logits = turns(model, plain, inference, plain, inference, inference, plain, cache=cache)
+    assert torch.equal(tokens, turns(model, *[plain] * 6)[0])
+    with inference:
+        cache.batch_select_indices(torch.tensor([0]))
+        prepared = SinkCache(16, 4).bind(model)
+        model(**prepared.prepare_inputs(tokens[:, :16]))
+    cache.save(tmp_path / "conversation")
+    for resumed in (copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache, prepared):
+        ids = torch.cat([tokens, prompt(3)], dim=1)[:, : resumed.get_seq_length() + 3]
+        generate(model, input_ids=ids, past_key_values=resumed, max_new_tokens=20)
+
+
+def test_autocast_in_some_turns():
+    model, plain, cache = small_model(), torch.no_grad(), SinkCache(16, 4)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    tokens, logits = turns(model, autocast, plain, autocast, plain, cache=cache)
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+    # What the turn in bfloat16 left in the window is rounded, and that the turn after it sees.
+    assert difference(logits, oracle(model, tokens[0].tolist(), 16, 4)[79:-1]) < 5e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_conversation_goes_on_in_another_dtype(dtype, tmp_path):
+    model, cache = small_model(), SinkCache(16, 4)
+    tokens, _ = turns(model, torch.no_grad(), cache=cache)
+    cache.save(tmp_path / "conversation")
+    cache = SinkCache.load(tmp_path / "conversation", model.to(dtype))
+    ids = torch.cat([tokens, prompt(3)], dim=1)
+    settings = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    output = generate(model, input_ids=ids, past_key_values=cache, prefill_chunk_size=1, **settings)
+    expected = oracle(small_model(), output.sequences[0].tolist(), 16, 4)[27:-1]
+    assert difference(torch.cat(output.logits).float(), expected) < 5e-2
+
+
+def test_another_device_by_default():
+    """As `torch.set_default_device("cuda")`, with a device that nothing can be mixed with."""
+    model = small_model(max_position_embeddings=20)
+    inputs = left_padded([prompt(9), prompt(30), prompt(9)])
+    settings = dict(max_new_tokens=30, do_sample=False)
+    expected = generate(small_model(max_position_embeddings=20), 16, 4, **inputs, **settings)
+    ids = prompt(30, rows=2)
+    alike = generate(small_model(max_position_embeddings=20), 16, 4, input_ids=ids, **settings)
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(generate(model, 16, 4, **inputs, **settings), expected)
+        assert torch.equal(generate(model, 16, 4, input_ids=ids, **settings), alike)
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+def test_weights_that_are_elsewhere_until_they_are_needed(read, tmp_path):
+    model, inputs = small_model(), left_padded([prompt(9), prompt(30)])
+    settings = dict(max_new_tokens=30, do_sample=False)
+    expected = generate(small_model(), 16, 4, **inputs, **settings)
+    if read == "before":
+        SinkCache(16, 4).bind(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    cache = SinkCache(16, 4)
+    tokens = generate(model, past_key_values=cache, **inputs, **settings)
+    assert torch.equal(tokens, expected)
+    cache.save(tmp_path / "conversation")
+    ids = torch.cat([tokens, prompt(3, rows=2)], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 33, dtype=torch.long)], dim=1)
+    turns = [
+        generate(model, input_ids=ids, attention_mask=mask, past_key_values=resumed, **settings)
+        for resumed in (SinkCache.load(tmp_path / "conversation", model), cache)
+    ]
+    assert torch.equal(*turns)
