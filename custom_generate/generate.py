@@ -1782,6 +1782,11 @@ def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
+            "empty: call `model.eval()` first."
+        )
     if not model._supports_default_dynamic_cache():
         raise ValueError(
             f"`model` ({name}) can't be streamed: transformers {transformers.__version__} gives it a cache of its own, "

@@ -292,6 +292,12 @@ def test_a_model_in_training_mode_with_dropout():
         generate(model, input_ids=prompt(5), max_new_tokens=5)
     assert model.training
     generate(model.eval(), input_ids=prompt(5), max_new_tokens=5)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed after 5.17
+    generate(model, input_ids=prompt(5), max_new_tokens=5)
+    passes = forward_passes(model.train())
+    with pytest.raises(ValueError, match=r"`model`.*gradient checkpointing.*`model.eval\(\)` first"):
+        generate(model, input_ids=prompt(5), max_new_tokens=5)
+    assert passes == []
 
 
 # --- a model called by itself, where the cache sees neither mask nor positions
