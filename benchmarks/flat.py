@@ -57,10 +57,11 @@ class Tenths(BaseStreamer):
 
     def conclude(self) -> None:
         ms, ratio = 1000 * statistics.median(self.seconds), statistics.median(self.ratios)
-        mib, kib = held(self.device), self.kept_by_generate and self.kept_by_generate / 1024
+        mib = held(self.device)
         self.figures.append((ratio, mib))
         row = {"tokens": self.count, "ms a token": ms, "of a plain step": ratio, "held, MiB": mib}
-        self.table.add(**row, **{"of it generate's, KiB": kib})
+        row["of it generate's, KiB"] = self.kept_by_generate and self.kept_by_generate / 1024
+        self.table.add(**row)
 
     def end(self) -> None:
         self.progress.close()

@@ -211,13 +211,12 @@ def read_model(model: PreTrainedModel) -> Reading:
     """
     if model in _readings and _readings[model].dtype == model.dtype:
         return _readings[model]
-    name = type(model).__name__
+    name, advice = type(model).__name__, "Use a model with rotary position embeddings (RoPE)."
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, which a stream must choose to "
-            "keep them bounded. Use a model with rotary position embeddings (RoPE)."
+            f"keep them bounded. {advice}"
         )
-    advice = "Use a model with rotary position embeddings (RoPE)."
     if model.training:
         advice = "It is in training mode, where dropout changes what it does: call `model.eval()` first."
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
@@ -506,7 +505,8 @@ class Step:
         if self.length == 1:
             attends = column < kept + new
         else:
-            old, column = (column[: max(self.kept)] < kept).expand(-1, self.length, -1), column[: self.length]
+            old = (column[: max(self.kept)] < kept).expand(-1, self.length, -1)
+            column = column[: self.length]
             attends = torch.cat([old, (column <= column[:, None]) & (column >= self.length - new)], dim=-1)
         return _additive(attends[:, None], dtype).to(device)
 
@@ -552,7 +552,6 @@ class Ring:
             shape = self._turning(slice(0, self.num_sink_tokens)).shape
             self.sinks = torch.zeros(shape, device=keys.device)
 
-    @torch.inference_mode(False)
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
         self.keys, self.values = keys, values
@@ -976,7 +975,7 @@ class SinkCache(Cache):
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
             )
-        self.refuse_half_a_step()
+        self._refuse_half_a_step()
         start, (batch_size, length) = self.get_seq_length(), input_ids.shape
         needed = [batch_size, start + length]
         if attention_mask is not None and list(attention_mask.shape) != needed:
@@ -1036,7 +1035,7 @@ class SinkCache(Cache):
             self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
         return self._slots_mask
 
-    def refuse_half_a_step(self) -> None:
+    def _refuse_half_a_step(self) -> None:
         """Raise if an error left the cache in the middle of a forward pass, where some layers took in its tokens."""
         counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
         counts -= {None}  # of layers that don't count
@@ -1157,7 +1156,7 @@ class SinkCache(Cache):
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
-        self.refuse_half_a_step()
+        self._refuse_half_a_step()
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.move_sinks([0])
         tensors = {"fingerprint": self._fingerprint}
@@ -1551,11 +1550,13 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
                 '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
             )
         by_kind = any(cache.pads) and not cache._sinks_only
-        if step.needs_mask or (((by_kind and length > 1) or not MASKS_FOLLOW_THE_CACHE) and _takes_masks(model)):
+        # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
+        leaves_it = (by_kind and length > 1) or not MASKS_FOLLOW_THE_CACHE
+        if step.needs_mask or (leaves_it and _takes_masks(model)):
             inputs["attention_mask"] = step.mask(model.dtype, tokens.device)
-        if by_kind:  # then a model makes none by itself
-            attended = torch.arange(step.start + length, device=tokens.device)
-            attended = attended >= torch.tensor(cache.pads, device=tokens.device)[:, None]
+        if by_kind:
+            columns = torch.arange(step.start + length, device=tokens.device)
+            attended = columns >= torch.tensor(cache.pads, device=tokens.device)[:, None]
             attended = attended.expand(batch_size, -1)
             # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
             of_states = attended[:, -length:] if step.start < max(cache.pads) else None
@@ -1864,4 +1865,4 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    past_key_values.refuse_half_a_step()
+    past_key_values._refuse_half_a_step()

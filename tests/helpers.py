@@ -169,11 +169,16 @@ def sharpened(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def stream(model: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int = 60, **kwargs):
+def stream(model: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int = 60, seed: int = 0, **kwargs):
     """What `generate` samples, so that it never settles into a loop, past a window of 16 with 4 sinks."""
     settings = dict(min_new_tokens=max_new_tokens, do_sample=True, return_dict_in_generate=True, output_logits=True)
-    with seeded():
+    with seeded(seed):
         return generate(model, 16, 4, input_ids=input_ids, max_new_tokens=max_new_tokens, **settings, **kwargs)
+
+
+def answer(model: PreTrainedModel, cache, input_ids: torch.Tensor, max_new_tokens: int = 20, seed: int = 0, **kwargs):
+    """One turn in `cache`, of that window; prompts go in token by token, so that the oracle's window is exact."""
+    return stream(model, input_ids, max_new_tokens, seed, past_key_values=cache, prefill_chunk_size=1, **kwargs)
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

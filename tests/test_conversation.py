@@ -7,26 +7,9 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, difference, oracle, prompt, seeded, small_model
+from helpers import ROOT, answer, difference, oracle, prompt, seeded, small_model
 
 from custom_generate.generate import SinkCache, generate
-
-
-def answer(model, cache, input_ids, max_new_tokens=20, seed=0, **kwargs):
-    """One sampled turn; prompts go in token by token, so that the oracle's window is exact."""
-    with seeded(seed):
-        return generate(
-            model,
-            input_ids=input_ids,
-            past_key_values=cache,
-            prefill_chunk_size=1,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **kwargs,
-        )
-
 
 # --- turns
 

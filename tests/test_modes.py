@@ -5,7 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
-from helpers import difference, left_padded, oracle, prompt, small_model
+from helpers import answer, difference, left_padded, oracle, prompt, small_model
 
 from custom_generate.generate import SinkCache, generate
 
@@ -17,17 +17,8 @@ def turns(model, *modes, cache=None):
     for turn, mode in enumerate(modes):
         ids = torch.cat([sequences, prompt(5, seed=turn)], dim=1)
         with mode:
-            output = generate(
-                model,
-                input_ids=ids,
-                past_key_values=cache,
-                prefill_chunk_size=1,
-                max_new_tokens=20,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        sequences = output.sequences.clone()
+            output = answer(model, cache, ids)
+        sequences = output.sequences
     return sequences, torch.cat(output.logits).float()
 
 
@@ -35,7 +26,7 @@ def test_inference_mode_in_some_turns(tmp_path):
     model = small_model(max_position_embeddings=20)
     plain, inference = torch.no_grad(), torch.inference_mode()
     cache = SinkCache(16, 4)
-    tokens, logits = turns(model, plain, inference, plain, inference, inference, plain, cache=cache)
+    tokens, _ = turns(model, plain, inference, plain, inference, inference, plain, cache=cache)
     assert torch.equal(tokens, turns(model, *[plain] * 6)[0])
     with inference:
         cache.batch_select_indices(torch.tensor([0]))
@@ -63,8 +54,7 @@ def test_a_conversation_goes_on_in_another_dtype(dtype, tmp_path):
     cache.save(tmp_path / "conversation")
     cache = SinkCache.load(tmp_path / "conversation", model.to(dtype))
     ids = torch.cat([tokens, prompt(3)], dim=1)
-    settings = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    output = generate(model, input_ids=ids, past_key_values=cache, prefill_chunk_size=1, **settings)
+    output = answer(model, cache, ids)
     expected = oracle(small_model(), output.sequences[0].tolist(), 16, 4)[27:-1]
     assert difference(torch.cat(output.logits).float(), expected) < 5e-2
 

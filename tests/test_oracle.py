@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded, small_model
+from helpers import RELEASE, SMALL, answer, difference, oracle, prompt, seeded, small_model
 from packaging.version import Version
 from transformers import CodeGenConfig, GPTJConfig, Phi3Config
 
@@ -197,17 +197,7 @@ def test_several_turns():
     tokens = prompt(10)
     for turn in range(3):
         before = tokens.shape[1]
-        with seeded(turn):
-            output = generate(
-                model,
-                input_ids=tokens,
-                past_key_values=cache,
-                prefill_chunk_size=1,
-                max_new_tokens=20,
-                do_sample=True,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
+        output = answer(model, cache, tokens, seed=turn)
         expected = oracle(model, output.sequences[0].tolist(), 16, 4)[before - 1 : -1]
         assert difference(torch.cat(output.logits), expected) < 1e-5
         assert output.past_key_values is cache
