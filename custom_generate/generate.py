@@ -10,6 +10,7 @@ Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the
 """
 
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -65,6 +66,9 @@ else:
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
 
+# What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
+CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and every release what says where on the Hub.
@@ -102,14 +106,19 @@ def _cached(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
     return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
 
 
-def _own_mask(kind: str, model: PreTrainedModel, cache: Cache, attended: torch.Tensor, length: int) -> Any:
-    """The mask that transformers makes for layers of a kind, off the columns to attend to, `[batch, columns]`."""
+def _own_mask(
+    kind: str, model: PreTrainedModel, cache: Cache, attended: Optional[torch.Tensor], plan: Any, tokens: torch.Tensor
+) -> Any:
+    """The mask that transformers makes for layers of a kind for the new `tokens` (`[batch, length, ...]`) of a `plan`.
+
+    `attended` is where columns are tokens and no padding, bool `[batch, columns]`, None if there is no padding.
+    """
     make = transformers.masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
     arguments = inspect.signature(make).parameters
-    states = torch.empty(len(attended), length, 0, dtype=model.dtype, device=attended.device)
+    states = torch.empty(len(tokens), plan.length, 0, dtype=cache._mask_dtype, device=tokens.device)
     kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
     if "cache_position" in arguments:  # until 5.3
-        kwargs["cache_position"] = torch.arange(attended.shape[1], device=attended.device)[-length:]
+        kwargs["cache_position"] = torch.arange(plan.start, plan.start + plan.length, device=tokens.device)
     config = model.config.get_text_config(decoder=True)
     return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
 
@@ -154,21 +163,29 @@ class Rotation:
         turning = keys[..., self.start : self.start + 2 * pairs]
         return turning.unflatten(-1, (pairs, 2)) if self.interleaved else turning.unflatten(-1, (2, pairs)).mT
 
-    def turned(self, pairs: torch.Tensor, distances: list[int]) -> torch.Tensor:
-        """`pairs` (float32 `[..., rows, kv_heads, seq, pairs, 2]`), each row's turned by so many positions.
+    def turned(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """`pairs` (float32 `[..., pairs, 2]`) turned by `distances`, a number of positions for each vector of pairs.
 
         The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
+
+        Args:
+            pairs: of `Rotation.pairs`, in float32.
+            distances: float64 on the CPU, in a shape that broadcasts to the dimensions of `pairs` before the last two.
         """
-        distances = torch.tensor(distances, dtype=torch.float64, device="cpu")
-        angles = distances[:, None, None, None] * self.frequencies
+        angles = distances[..., None] * self.frequencies
         turns = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
         return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
 
     def turn(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
-        """Turn `keys` (`[rows, kv_heads, seq, head_dim]`) where they are, in float32: one rounding to their dtype."""
+        """Turn each row of `keys` (`[rows, kv_heads, seq, head_dim]`) where it is: one rounding to their dtype."""
         pairs = self.pairs(keys)
-        pairs.copy_(self.turned(pairs.float(), distances))
+        pairs.copy_(self.turned(pairs.float(), _each_row(distances)))
         return keys
+
+
+def _each_row(distances: list[int]) -> torch.Tensor:
+    """How far each row of keys turns: float64 `[rows, 1, 1]`, which broadcasts to heads and tokens."""
+    return torch.tensor(distances, dtype=torch.float64, device="cpu")[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,87 +445,148 @@ def _trained_length(config: Any) -> Optional[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What one update keeps and attends to
+# What one update keeps, writes and sees
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _additive(attends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask that attention adds to its scores where it `attends` or not."""
-    return torch.zeros_like(attends, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
+@dataclass(frozen=True)
+class Window:
+    """Which tokens of a row are kept, and in which slots.
 
+    Token `t` sees the first `num_sinks` tokens (the sinks) and the last `recent` tokens up to and including itself. The
+    sinks keep their slots; the others share a ring, in which a token takes the place of the oldest:
 
-class Step:
-    """The plan of one update, the same for every layer: plain integers, so that nothing waits for the device.
-
-    A row's tokens are counted without its left padding. Token `t` lives in slot `t` while `t < window_length`, after
-    that in the slot of the window's oldest token: the sinks' slots never change, the others are a ring. One token is
-    written over the one it evicts and attends to whatever the slots hold. Before several tokens the oldest are evicted
-    all at once; then the new ones attend to what is left and causally to each other, as in transformers<4.53.
+        length = 8, num_sinks = 2      sinks   ring (recent = 6)
+        slots                          0  1    2  3  4  5  6  7
+        after token 7                  0  1    2  3  4  5  6  7
+        after token 10                 0  1    8  9 10  5  6  7
 
     Args:
-        window_length, num_sink_tokens: of the cache.
+        length: the most tokens kept, sinks included (`window_length`).
+        num_sinks: how many of them are the first of the row (`num_sink_tokens`).
+    """
+
+    length: int
+    num_sinks: int
+
+    @property
+    def recent(self) -> int:
+        """How many of the latest tokens are kept behind the sinks."""
+        return self.length - self.num_sinks
+
+    def slot(self, token: int) -> int:
+        """The slot of token number `token` of a row."""
+        return token if token < self.num_sinks else self.num_sinks + (token - self.num_sinks) % self.recent
+
+    def slots(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The slots of `tokens` (int64, any shape), and some slot for a negative number, which is no token."""
+        in_ring = self.num_sinks + (tokens - self.num_sinks) % self.recent
+        return torch.where((tokens >= 0) & (tokens < self.num_sinks), tokens, in_ring)
+
+
+class UpdatePlan:
+    """What one update keeps, writes and sees: the same for every layer.
+
+    Tokens of a row are counted without its left padding, so column `c` is token `c - pad`. RoPE sees only differences
+    of positions. So the window's keys stay as the model made them, and the sinks move instead: for token `t` they sit
+    directly before the oldest of its recent tokens, `t - window.length + 1` positions from where the model put them
+    (arXiv:2309.17453, section 3.2).
+
+    - *One token* takes the slot of the token that leaves the window, and sees all slots with the sinks moved for it.
+    - *Several tokens of which none is evicted* see the kept ones and, causally, each other.
+    - *Several tokens that evict* (`sees_copies`) need the sinks in several places. Each new column gets a copy of them,
+      moved for it. The keys are `[copies, length * num_sinks | recent tokens, num_recent | new tokens, length]`, and a
+      mask gives each column its own copy and its own recent tokens. So each logit is that of tokens sent one by one.
+
+    Args:
+        window: which tokens are kept.
         start: columns (tokens, padding included) seen before this update.
         length: columns of this update.
         pads: each row's columns of left padding.
         offsets: by how much each row's positions are kept below its token counts.
+
+    Attributes:
+        seen, num_new: of each row, the tokens seen before this update and the new ones.
+        sink_shifts: by how many positions each row's sinks are moved in their slots during this update.
+        first_slots: the slot of each row's first new token.
+        num_keys: how many keys the new tokens are given.
     """
 
-    def __init__(
-        self, window_length: int, num_sink_tokens: int, start: int, length: int, pads: list[int], offsets: list[int]
-    ):
-        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
-        self.start, self.length = start, length
-        self.held = [max(start - pad, 0) for pad in pads]
-        self.new = [min(length, max(start + length - pad, 0)) for pad in pads]
-        self.kept = [min(held, max(window_length - new, num_sink_tokens)) for held, new in zip(self.held, self.new)]
-        self.num_keys = max(self.kept) + length
-        # The sinks sit directly before the oldest kept token (section 3.2), in the positions that the model was given.
-        self.shifts = [held - kept - offset for held, kept, offset in zip(self.held, self.kept, offsets)]
-        self.evicts = any(held + new > window_length for held, new in zip(self.held, self.new))
-        self.needs_mask = min(self.kept) < max(self.kept) or min(self.new) < length
-        self.slots = [self.slot(held) for held in self.held]  # of each row's first new token
-        self.prepared = False  # whether the model was given positions and a mask made for this step
+    def __init__(self, window: Window, start: int, length: int, pads: list[int], offsets: list[int]):
+        self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
+        self.seen = [max(start - pad, 0) for pad in pads]
+        self.num_new = [min(length, max(start + length - pad, 0)) for pad in pads]
+        self.evicts = any(seen + new > window.length for seen, new in zip(self.seen, self.num_new))
+        self.sees_copies = self.evicts and length > 1
+        self.num_recent = min(max(max(self.seen) - window.num_sinks, 0), window.recent)
+        if self.sees_copies:
+            self.sink_shifts = [0] * len(pads)  # they are copied from where the model made them
+            self.num_keys = length * window.num_sinks + self.num_recent + length
+        else:
+            self.sink_shifts = [max(seen - window.length + 1, 0) - offset for seen, offset in zip(self.seen, offsets)]
+            self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
+        self.first_slots = [window.slot(seen) for seen in self.seen]
+        # Of one token, rows that fill the window are alike again.
+        kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
+        self.needs_mask = self.sees_copies or min(kept) < max(kept) or min(self.num_new) < length
+        self.prepared = False  # whether the model was given positions and a mask made for this update
+        self._on_device: dict[torch.device, tuple] = {}
 
-    def slot(self, token: int) -> int:
-        """Where token number `token` of a row is stored."""
-        if token < self.window_length:
-            return token
-        return self.num_sink_tokens + (token - self.num_sink_tokens) % (self.window_length - self.num_sink_tokens)
-
-    @functools.cached_property
-    def attended(self) -> torch.Tensor:
-        """The slots of the kept tokens, oldest first: int64 `[rows, max(kept)]`, rows with fewer filled up with 0."""
-        attended = []
-        for held, kept in zip(self.held, self.kept):
-            sinks = min(held, self.num_sink_tokens)
-            tokens = [*range(sinks), *range(held - kept + sinks, held)]
-            attended.append([self.slot(token) for token in tokens] + [0] * (max(self.kept) - kept))
-        return torch.tensor(attended, dtype=torch.long, device="cpu")
+    def tokens(self, first: int, device: torch.device) -> torch.Tensor:
+        """The tokens that columns `start + first` to the last are, negative for padding: int64 `[rows, columns]`."""
+        columns = torch.arange(self.start + first, self.start + self.length, device=device)
+        return columns - torch.tensor(self.pads, device=device)[:, None]
 
     @functools.cached_property
-    def stored(self) -> tuple:
-        """`(rows, columns, slots)`: the new tokens `[rows, :, columns]` outlive this update, in `[rows, :, slots]`."""
-        room = self.window_length - self.num_sink_tokens
-        entries = [
-            (row, self.length - new + token - held, self.slot(token))
-            for row, (held, new) in enumerate(zip(self.held, self.new))
-            for token in range(held, held + new)
-            if token < self.num_sink_tokens or token >= held + new - room
-        ]
-        rows, columns, slots = torch.tensor(entries, dtype=torch.long, device="cpu").view(-1, 3).unbind(1)
-        return slice(None) if len(self.held) == 1 else rows, columns, slots
+    def copy_shifts(self) -> torch.Tensor:
+        """By how many positions the sinks are moved for each new column: float64 `[rows, length]` on the CPU."""
+        moved = (self.tokens(0, torch.device("cpu")) - self.window.length + 1).clamp(min=0)
+        return (moved - torch.tensor(self.offsets, device="cpu")[:, None]).double()
+
+    def on_device(self, device: torch.device) -> tuple:
+        """What the layers index by, made once for each device.
+
+        Returns:
+            `recent_slots` (int64 `[rows, num_recent]`: the slots of the recent tokens, in order, some slot where a row
+            has fewer), and `rows`, `columns`, `slots`: the new tokens `[rows, :, columns]` that are kept go to
+            `[rows, :, slots]`.
+        """
+        if device not in self._on_device:
+            recent = self.tokens(-self.num_recent, torch.device("cpu"))[:, : self.num_recent]
+            tokens = self.tokens(0, torch.device("cpu"))
+            end = tokens[:, -1:] + 1
+            kept = (tokens >= 0) & ((tokens < self.window.num_sinks) | (tokens >= end - self.window.recent))
+            rows, columns = kept.nonzero(as_tuple=True)
+            slots = self.window.slots(tokens[rows, columns])
+            moved = [each.to(device) for each in (self.window.slots(recent), rows, columns, slots)]
+            if len(self.pads) == 1:  # and any number of rows in the batch
+                moved[1] = slice(None)
+            self._on_device[device] = tuple(moved)
+        return self._on_device[device]
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
-        kept, new = (torch.tensor(count, device="cpu")[:, None, None] for count in (self.kept, self.new))
-        column = torch.arange(self.num_keys, device="cpu")
+        new = self.tokens(0, device)[:, :, None]  # [rows, length, 1]
         if self.length == 1:
-            attends = column < kept + new
+            sees = torch.arange(self.num_keys, device=device) <= new
+        elif not self.sees_copies:  # the keys are tokens 0, 1, ..., filled up where a row has fewer, and the new ones
+            seen = torch.tensor(self.seen, device=device)[:, None, None]
+            old = torch.arange(max(self.seen), device=device) < seen
+            causal = (new.mT <= new) & (new.mT >= 0)
+            sees = torch.cat([old.expand(-1, self.length, -1), causal], dim=-1)
         else:
-            old = (column[: max(self.kept)] < kept).expand(-1, self.length, -1)
-            column = column[: self.length]
-            attends = torch.cat([old, (column <= column[:, None]) & (column >= self.length - new)], dim=-1)
-        return _additive(attends[:, None], dtype).to(device)
+            copy = torch.arange(self.length, device=device).repeat_interleave(self.window.num_sinks)
+            sink = torch.arange(self.window.num_sinks, device=device).repeat(self.length)
+            own = (copy == torch.arange(self.length, device=device)[:, None]) & (sink <= new)
+            token = self.tokens(-self.num_recent, device)[:, None]  # [rows, 1, num_recent + length]
+            recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
+            sees = torch.cat([own, recent], dim=-1)
+        return _additive(sees[:, None], dtype)
+
+
+def _additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask that attention adds to its scores, from whether a key is seen. Finite, so that padding gives no NaN."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,33 +602,34 @@ class Ring:
     from what the model made.
 
     Args:
-        window_length, num_sink_tokens: of the cache.
+        window: which tokens are kept, and in which slots.
         rotation: how these layers turn their keys; None if they don't.
 
     Attributes:
-        keys, values: `[layers, batch, kv_heads, window_length, head_dim]`.
+        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`.
         rows, slots: where compiled code writes each row's token: int64 `[batch]`.
     """
 
-    def __init__(self, window_length: int, num_sink_tokens: int, rotation: Optional[Rotation]):
-        self.window_length, self.num_sink_tokens, self.rotation = window_length, num_sink_tokens, rotation
+    def __init__(self, window: Window, rotation: Optional[Rotation]):
+        self.window, self.rotation = window, rotation
         self.num_layers = 0
         self.keys = self.values = None
         # What turns of the sinks as the model made it, once that in the slots was moved:
         self.sinks: Optional[torch.Tensor] = None  # float32 `[layers, batch, kv_heads, sinks, pairs, 2]`
-        self.shifts = [0]  # how far the sinks in the slots were moved, each row's
+        # How far the sinks in the slots were moved, each row's; None while they are being moved.
+        self.shifts: list[Optional[int]] = [0]
 
     @torch.inference_mode(False)
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
         keys, values = (
-            states.new_zeros(self.num_layers, *states.shape[:2], self.window_length, states.shape[-1])
+            states.new_zeros(self.num_layers, *states.shape[:2], self.window.length, states.shape[-1])
             for states in (key_states, value_states)
         )
         self.hold(keys, values)
         if self.rotation is not None:
-            shape = self._turning(slice(0, self.num_sink_tokens)).shape
-            self.sinks = torch.zeros(shape, device=keys.device)
+            shape = self._turning(slice(0, self.window.num_sinks)).shape
+            self.sinks = torch.zeros(shape, dtype=torch.float32, device=keys.device)
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
@@ -570,23 +649,25 @@ class Ring:
         turning = self.values if self.rotation.tensor == "values" else self.keys
         return self.rotation.pairs(turning[:, :, :, slots])
 
-    def move_sinks(self, shifts: list[int]) -> None:
+    def place_sinks(self, shifts: list[int]) -> None:
         """Put each row's sinks so far from where the model did, if they are not there."""
-        moves = shifts != self.shifts and (any(shifts) or any(self.shifts))
-        if not moves or self.rotation is None or self.num_sink_tokens == 0:
+        moves = shifts != self.shifts and (any(shifts) or any(shift != 0 for shift in self.shifts))
+        if not moves or self.rotation is None or self.window.num_sinks == 0:
             return
-        in_slots = self._turning(slice(0, self.num_sink_tokens))
-        if not all(self.shifts):  # those of some rows have not moved yet
+        in_slots = self._turning(slice(0, self.window.num_sinks))
+        if 0 in self.shifts:  # those of some rows have not moved yet
             unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
             self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
-        in_slots.copy_(self.rotation.turned(self.sinks, shifts))
+        self.shifts = [None] * len(shifts)  # an interrupt finds what the model made in `sinks`
+        in_slots.copy_(self.rotation.turned(self.sinks, _each_row(shifts)))
         self.shifts = shifts
 
-    def shift_back(self, distances: list[int]) -> None:
+    def lower_positions(self, distances: list[int]) -> None:
         """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
         if self.rotation is not None and self.keys is not None:
-            for window in self._turning(slice(self.num_sink_tokens, None)):  # by layers: less memory in between
-                window.copy_(self.rotation.turned(window.float(), [-distance for distance in distances]))
+            by = _each_row([-distance for distance in distances])
+            for window in self._turning(slice(self.window.num_sinks, None)):  # by layers: less memory in between
+                window.copy_(self.rotation.turned(window.float(), by))
 
     @torch.inference_mode(False)
     def reorder(self, indices: torch.Tensor) -> None:
@@ -612,10 +693,33 @@ def _alike(held: "Ring | SinkLayer", key_states: torch.Tensor, value_states: tor
     return keys.device == key_states.device and keys.dtype == key_states.dtype and values.dtype == value_states.dtype
 
 
+@dataclass(frozen=True, eq=False)
+class Evicted:
+    """What a layer needs to take its latest tokens back: the tokens that they evicted.
+
+    Args:
+        end: the column after the latest token.
+        columns: how many columns can be taken back.
+        keys, values: `[batch, kv_heads, evicted, head_dim]`, the latest last, or None: of what a single token evicts
+            nothing is needed again, as the token after it never sees it.
+    """
+
+    end: int
+    columns: int
+    keys: Optional[torch.Tensor] = None
+    values: Optional[torch.Tensor] = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Evicted":
+        """The same with other keys and values."""
+        if self.keys is None:
+            return self
+        return dataclasses.replace(self, keys=function(self.keys), values=function(self.values))
+
+
 class SinkLayer(CacheLayerMixin):
     """The sinks and the window of one attention layer, which it keeps in a `Ring` with its equals.
 
-    `keys` and `values` are `[batch, kv_heads, window_length, head_dim]`, by slots.
+    `keys` and `values` are `[batch, kv_heads, window.length, head_dim]`, by slots.
     """
 
     is_sliding = False
@@ -626,6 +730,8 @@ class SinkLayer(CacheLayerMixin):
         self.ring, self.index = ring, ring.num_layers
         ring.num_layers += 1
         self.seen = 0  # columns
+        self.evicted = Evicted(end=0, columns=0)
+        self.record_past = False  # whether what is evicted is kept until `take_back`, by several updates too
         self.is_initialized = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -656,41 +762,54 @@ class SinkLayer(CacheLayerMixin):
     def leave(self) -> Ring:
         """Take this layer's part out of its ring, into a ring of its own."""
         old, part = self.ring, slice(self.index, self.index + 1)
-        self.ring, self.index = Ring(old.window_length, old.num_sink_tokens, old.rotation), 0
+        self.ring, self.index = Ring(old.window, old.rotation), 0
         self.ring.keys, self.ring.values, self.ring.shifts = old.keys[part], old.values[part], old.shifts
         self.ring.sinks = None if old.sinks is None else old.sinks[part]
         return self.ring
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+        self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in `step.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
+        """Take in `plan.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
 
         Returns:
-            Keys and values, `[batch, kv_heads, step.num_keys, head_dim]`: a view of the slots for one token, and in the
-            order of the sequence, new tokens last, for several.
+            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`: a view of the slots for one token; for
+            several, the kept tokens and then the new ones, after the copies of the sinks if there are some.
         """
         key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
         if not self.is_initialized or not _alike(self, key_states, value_states):
             SinkLayer.lazy_initialization(self, key_states, value_states)
-        self.ring.move_sinks(step.shifts)
-        keys, values = key_states, value_states
-        if step.length > 1 and max(step.kept) > 0:
-            keys = torch.cat([self._attended(self.keys, step), keys], dim=2)
-            values = torch.cat([self._attended(self.values, step), values], dim=2)
-        if step.length == 1 and step.new == [1]:  # plain decoding: a view is faster than an index
-            slot = slice(step.slots[0], step.slots[0] + 1)
+        self.ring.place_sinks(plan.sink_shifts)
+        if plan.length == 1:
+            self._write(key_states, value_states, plan, self._evicted_by_one(plan))
+            return self.keys[:, :, : plan.num_keys], self.values[:, :, : plan.num_keys]
+        if plan.sees_copies:
+            slots = plan.on_device(key_states.device)[0]
+            kept_keys, kept_values = (_gather(buffer, slots) for buffer in (self.keys, self.values))
+        else:
+            kept_keys, kept_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
+        keys, values = torch.cat([kept_keys, key_states], dim=2), torch.cat([kept_values, value_states], dim=2)
+        evicted = Evicted(plan.start + plan.length, plan.length)
+        gone = slice(keys.shape[2] - self.ring.window.recent)
+        if plan.sees_copies and gone.stop > 0:  # of the recent tokens and the new ones, the last `recent` stay
+            evicted = dataclasses.replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
+        self._write(key_states, value_states, plan, self._recorded(evicted))
+        if plan.sees_copies and self.ring.window.num_sinks > 0:
+            key_copies, value_copies = self._sink_copies(plan)
+            keys, values = torch.cat([key_copies, keys], dim=2), torch.cat([value_copies, values], dim=2)
+        return keys, values
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, evicted: Evicted) -> None:
+        """Put new tokens into their slots. Cut short at any point, `evicted` tells what was begun."""
+        self.evicted = evicted
+        if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
+            slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
         else:
-            rows, columns, slots = step.stored
+            _, rows, columns, slots = plan.on_device(key_states.device)
             self.keys[rows, :, slots] = key_states[rows, :, columns]
             self.values[rows, :, slots] = value_states[rows, :, columns]
-        self.seen = step.start + step.length
-        if step.length > 1:
-            return keys, values
-        if step.num_keys == self.ring.window_length:
-            return self.keys, self.values
-        return self.keys[:, :, : step.num_keys], self.values[:, :, : step.num_keys]
+        self.seen = plan.start + plan.length
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` with one token, in tensors alone: each row's goes into `ring.slots`; all slots are returned."""
@@ -698,10 +817,71 @@ class SinkLayer(CacheLayerMixin):
         self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
         return self.keys, self.values
 
-    @staticmethod
-    def _attended(buffer: torch.Tensor, step: Step) -> torch.Tensor:
-        batch, heads, _, head_dim = buffer.shape
-        return buffer.gather(2, step.attended.to(buffer.device)[:, None, :, None].expand(batch, heads, -1, head_dim))
+    def count_written(self) -> None:
+        """Count the token that `write` put into its slot."""
+        self.evicted, self.seen = Evicted(self.seen + 1, 1), self.seen + 1
+
+    def _sink_copies(self, plan: UpdatePlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
+        num_sinks, rotation = self.ring.window.num_sinks, self.ring.rotation
+        copies = {
+            name: buffer[:, :, None, :num_sinks].repeat(1, 1, plan.length, 1, 1)  # [.., length, num_sinks, head_dim]
+            for name, buffer in (("keys", self.keys), ("values", self.values))
+        }
+        if rotation is not None:
+            turning = rotation.pairs(copies[rotation.tensor])
+            turning.copy_(rotation.turned(turning.float(), plan.copy_shifts[:, None, :, None]))
+        return copies["keys"].flatten(2, 3), copies["values"].flatten(2, 3)
+
+    def _evicted_by_one(self, plan: UpdatePlan) -> Evicted:
+        """What one new token evicts; its key and value only if several such tokens may be taken back."""
+        evicted = Evicted(plan.start + 1, 1)
+        if not self.record_past:
+            return evicted
+        if plan.evicts:
+            slots = self.ring.window.slots(plan.tokens(0, self.keys.device))
+            evicted = Evicted(plan.start + 1, 1, _gather(self.keys, slots), _gather(self.values, slots))
+        return self._recorded(evicted)
+
+    def _recorded(self, evicted: Evicted) -> Evicted:
+        """`evicted`, after what was evicted before since the tokens were last settled; at most as much as is kept."""
+        before = self.evicted
+        if not self.record_past or before.columns == 0 or before.end != self.seen:
+            return evicted
+        columns = before.columns + evicted.columns
+        if before.keys is None or evicted.keys is None:
+            latest = evicted if before.keys is None else before
+            return dataclasses.replace(latest, end=evicted.end, columns=columns)
+        most = max(self.ring.window.recent, evicted.keys.shape[2])
+        keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
+        return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
+
+    def take_back(self, end: int, pads: list[int]) -> None:
+        """Forget all columns from `end` on, also if they were not all written, and put back what they evicted.
+
+        Args:
+            end: the column after the last one that stays, at most `evicted.columns` before the latest, or anywhere as
+                long as nothing was evicted.
+            pads: each row's columns of left padding.
+        """
+        latest, keys, values = max(self.seen, self.evicted.end), self.evicted.keys, self.evicted.values
+        columns = latest - end
+        if keys is not None:
+            window, number = self.ring.window, keys.shape[2]
+            first = max(number - columns, 0)
+            tokens = torch.arange(first - number, 0, device="cpu") + latest - window.recent
+            tokens = tokens - torch.tensor(pads, device="cpu")[:, None]
+            rows, places = (tokens >= window.num_sinks).nonzero(as_tuple=True)
+            slots = window.slots(tokens[rows, places]).to(keys.device)
+            rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
+            places = (places + first).to(keys.device)
+            self.keys[rows, :, slots] = keys[rows, :, places].to(self.keys)
+            self.values[rows, :, slots] = values[rows, :, places].to(self.values)
+            keys, values = (keys[:, :, :first], values[:, :, :first]) if first > 0 else (None, None)
+        self.seen = end
+        # While the past is recorded, what is left after this is settled.
+        left = 0 if self.record_past else max(self.evicted.columns - columns, 0)
+        self.evicted = Evicted(end, left, keys, values) if left else Evicted(end, 0)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and padding included."""
@@ -709,15 +889,26 @@ class SinkLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """The most tokens kept."""
-        return self.ring.window_length
+        return self.ring.window.length
 
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
         """How many keys an update returns for so many new tokens, without padding, and the column of the first."""
-        length, ring = _query_length(sizes), self.ring
-        num_keys = Step(ring.window_length, ring.num_sink_tokens, self.seen, length, [0], [0]).num_keys
+        length = _query_length(sizes)
+        num_keys = UpdatePlan(self.ring.window, self.seen, length, [0], [0]).num_keys
         return num_keys, self.seen + length - num_keys
+
+
+def _can_record(layer: Any) -> bool:
+    """Whether a layer can take tokens back after they evicted others, if it is told to record."""
+    return type(layer) is SinkLayer or (hasattr(layer, "record_past") and not isinstance(layer, StateLayer))
+
+
+def _gather(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """What `buffer`, `[batch, kv_heads, window.length, head_dim]`, has in `slots` (`[rows, n]`) of each row."""
+    batch, heads, _, head_dim = buffer.shape
+    return buffer.gather(2, slots[:, None, :, None].expand(batch, heads, -1, head_dim))
 
 
 class StateAndSinkLayer(SinkLayer, StateLayer):
@@ -798,7 +989,7 @@ class SinkCache(Cache):
                 f"the sinks too, got {num_sink_tokens}."
             )
         _init_cache(self)
-        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+        self._window = Window(window_length, num_sink_tokens)
         self._model: Optional[_ModelReference] = None
         self._fingerprint: Optional[torch.Tensor] = None  # of that model
         self._rotations: list[Optional[Rotation]] = []
@@ -813,7 +1004,8 @@ class SinkCache(Cache):
         self._slots_mask: Optional[torch.Tensor] = None
         self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
         self.offsets = [0]  # by how much each row's positions are lowered
-        self.step: Optional[Step] = None
+        self.has_evicted = False  # since when only what was kept of evicted tokens can be put back
+        self._plan: Optional[UpdatePlan] = None
         self.latest_ids: Optional[torch.Tensor] = None  # the last tokens that `generate` was passed
         self.latest_end = 0  # the column after them
         self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
@@ -846,14 +1038,18 @@ class SinkCache(Cache):
                 "tokens. Call `bind(model)` before the first token, or `reset()` it."
             )
         _refuse_model(model, self.window_length)
-        reading = read_model(model)
+        with torch.autocast(_device(model).type, enabled=False):
+            reading = read_model(model)
         if self.is_bound:
             _refuse_other_model(reading.fingerprint, self._fingerprint)
         else:
             self._rotations = reading.rotations
-            self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
+            self._new_layers = _layers(model, self._window, reading)
             self.layers = copy.deepcopy(self._new_layers)
         self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
+        # Masks have the dtype of the states that they meet: a model's own `dtype` is that of its first parameter.
+        layouts = zip(self.layers, reading.slots)
+        self._mask_dtype = next(layout[0][1] for layer, layout in layouts if isinstance(layer, SinkLayer))
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
         reaches = [getattr(layer, "sliding_window", 0) for layer in self.layers]
@@ -863,6 +1059,25 @@ class SinkCache(Cache):
         self._model = _ModelReference(model)
         return self
 
+    def _lend(self, model: PreTrainedModel, num_layers: int) -> None:
+        """Hold the first `num_layers` of the bound model, which `model` stands in for: of an early exit."""
+        reading = read_model(self._model())
+        self._rotations = reading.rotations[:num_layers]
+        reading = dataclasses.replace(reading, rotations=self._rotations, slots=reading.slots[:num_layers])
+        self._new_layers = _layers(self._model(), self._window, reading)
+        self._model = _ModelReference(model)
+        self.reset()
+
+    @property
+    def window_length(self) -> int:
+        """The most tokens kept, sinks included."""
+        return self._window.length
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """How many of the tokens kept are the first of the sequence."""
+        return self._window.num_sinks
+
     @property
     def is_bound(self) -> bool:
         """Whether `bind` was called, if only in the process that this conversation comes from."""
@@ -870,7 +1085,11 @@ class SinkCache(Cache):
 
     @property
     def _rings(self) -> list[Ring]:
-        return list(dict.fromkeys(layer.ring for layer in self.layers if isinstance(layer, SinkLayer)))
+        return list(dict.fromkeys(layer.ring for layer in self._sink_layers))
+
+    @property
+    def _sink_layers(self) -> list[SinkLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
 
     @property
     def _sinks_only(self) -> bool:
@@ -891,6 +1110,8 @@ class SinkCache(Cache):
         if self.is_bound:
             tensors = [tensor for layer in self.layers for tensor in _tensors(layer).values()]
             tensors += [ring.sinks for ring in self._rings if ring.sinks is not None]
+            for layer in self._sink_layers:
+                tensors += [states for states in (layer.evicted.keys, layer.evicted.values) if states is not None]
         else:
             tensors = self.key_cache + self.value_cache
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -928,25 +1149,26 @@ class SinkCache(Cache):
             return layer.write(key_states, value_states)
         if not isinstance(layer, SinkLayer):
             return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
-        step = self.plan(layer.seen, key_states.shape[2])
-        if not step.prepared:
-            self._refuse_unprepared(step, key_states.shape[0])
-        return layer.update(key_states, value_states, step)
+        plan = self.plan_update(layer.seen, key_states.shape[2])
+        if not plan.prepared:
+            self._refuse_unprepared(plan, key_states.shape[0])
+        self.has_evicted |= plan.evicts
+        return layer.update(key_states, value_states, plan)
 
-    def _refuse_unprepared(self, step: Step, batch_size: int) -> None:
+    def _refuse_unprepared(self, plan: UpdatePlan, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
         if any(self.pads or []) or any(self.offsets):
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
-        elif step.start > 0 and not self._counts:
+        elif plan.start > 0 and not self._counts:
             reason = "the model would start over from position 0"
-        elif step.start + step.length > self._trained_length:
+        elif plan.start + plan.length > self._trained_length:
             reason = f"the model would count positions past the {self._trained_length} that it was trained on"
-        elif step.evicts and batch_size > 1 and self.pads is None:
+        elif plan.evicts and batch_size > 1 and self.pads is None:
             reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
-        elif step.length > 1 and step.start > 0 and not self._resumes:
+        elif plan.length > 1 and plan.start > 0 and not self._resumes:
             reason = "the model forgets its states where it gets several tokens at once, so pass one at a time"
-        elif step.length > 1 and step.evicts and step.start > 0 and not MASKS_FOLLOW_THE_CACHE:
-            reason = f"transformers {transformers.__version__} would mask {step.length} tokens on a full window wrongly"
+        elif plan.sees_copies:
+            reason = f"these {plan.length} tokens evict some, and each has to see another part of the window"
         else:
             return
         raise ValueError(
@@ -958,8 +1180,9 @@ class SinkCache(Cache):
         """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
 
         Args:
-            input_ids: the new tokens, int64 `[batch, length]`. Several that evict do so all at once, before any of them
-                attends: pass a long prompt by a few.
+            input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
+                same. Of `length` that evict, attention sees `length * num_sink_tokens` keys more: pass a long prompt by
+                a few.
             attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
                 each row has at least one of. Not needed without padding, or again.
 
@@ -975,7 +1198,7 @@ class SinkCache(Cache):
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
             )
-        self._refuse_half_a_step()
+        self.settle()
         start, (batch_size, length) = self.get_seq_length(), input_ids.shape
         needed = [batch_size, start + length]
         if attention_mask is not None and list(attention_mask.shape) != needed:
@@ -983,7 +1206,7 @@ class SinkCache(Cache):
                 f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
                 f"{list(attention_mask.shape)}."
             )
-        at_once = self._ceiling - min(start, self.num_sink_tokens) if start == 0 or self._resumes else 1
+        at_once = self._most_at_once(start)
         if length > at_once:
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         pads = self.pads if start > 0 and attention_mask is None else None
@@ -991,67 +1214,88 @@ class SinkCache(Cache):
         inputs = {"input_ids": input_ids, "attention_mask": None, "past_key_values": self}
         return _inputs_for_step(model, self, inputs)
 
-    def plan(self, start: int, length: int) -> Step:
-        """The step of `length` new tokens after `start`: made by the first layer that asks, shared by the others."""
-        if self.step is None or (self.step.start, self.step.length) != (start, length):
-            self.step = Step(self.window_length, self.num_sink_tokens, start, length, self.pads or [0], self.offsets)
-        return self.step
+    def _most_at_once(self, start: int) -> int:
+        """How many tokens after `start` columns one forward pass can take."""
+        return self._ceiling - min(start, self.num_sink_tokens) if start == 0 or self._resumes else 1
 
-    def bound_positions(self, length: int) -> None:
+    def plan_update(self, start: int, length: int) -> UpdatePlan:
+        """The plan of `length` new columns after `start`: made by the first layer that asks, shared by the others."""
+        if self._plan is None or (self._plan.start, self._plan.length) != (start, length):
+            self._plan = UpdatePlan(self._window, start, length, self.pads or [0], self.offsets)
+        return self._plan
+
+    def lower_positions_if_needed(self, length: int) -> None:
         """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
 
         That costs O(window_length) once in about `ceiling` tokens, and each key meets it at most once before it leaves
         the window. Keys may lie at negative positions: the model is given those of the new tokens only.
         """
-        step = self.plan(self.get_seq_length(), length)
+        plan = self.plan_update(self.get_seq_length(), length)
         distances = [
-            held - offset if held > self.num_sink_tokens and held - offset + new > self._ceiling else 0
-            for held, new, offset in zip(step.held, step.new, self.offsets)
+            seen - offset if seen > self.num_sink_tokens and seen - offset + new > self._ceiling else 0
+            for seen, new, offset in zip(plan.seen, plan.num_new, self.offsets)
         ]
-        if any(distances):
-            for ring in self._rings:
-                ring.shift_back(distances)
-            for layer, rotation in zip(self.layers, self._rotations):
-                if not isinstance(layer, SinkLayer) and rotation is not None and rotation.tensor in _tensors(layer):
-                    states = getattr(layer, rotation.tensor).clone()
-                    setattr(layer, rotation.tensor, rotation.turn(states, [-distance for distance in distances]))
-            self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
-            self.step = None
+        if not any(distances):
+            return
+        back = [-distance for distance in distances]
+        for ring in self._rings:
+            ring.lower_positions(distances)
+        for layer, rotation in zip(self.layers, self._rotations):
+            if isinstance(layer, SinkLayer):
+                if rotation is not None and layer.evicted.keys is not None:
+                    rotation.turn(getattr(layer.evicted, rotation.tensor), back)
+            elif rotation is not None and rotation.tensor in _tensors(layer):
+                states = getattr(layer, rotation.tensor).clone()
+                setattr(layer, rotation.tensor, rotation.turn(states, back))
+        self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
+        self._plan = None
 
-    def point_slots(self, step: Step, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Do what compiled code leaves out of a `step` of one token, which are all the numbers; return its mask.
+    def prepare_compiled_step(self, plan: UpdatePlan, device: torch.device) -> torch.Tensor:
+        """Before a compiled step: place the sinks, set the slot indices, return the mask.
 
         The mask is additive, `[rows, 1, 1, window_length]`, and hides the slots that are not filled yet. It stays when
         all are: without a mask, the code would be another.
         """
         for ring in self._rings:
-            ring.move_sinks(step.shifts)
-            ring.slots.copy_(torch.tensor(step.slots, device="cpu"))
+            ring.place_sinks(plan.sink_shifts)
+            ring.slots.copy_(torch.tensor(plan.first_slots, device="cpu"))
         if self._slots_mask is None:
-            held = torch.tensor(step.held, device=device)[:, None]
-            filled = torch.arange(self.window_length, device=device) <= held
-            self._slots_mask = _additive(filled[:, None, None], dtype)
-        elif min(step.held) < self.window_length:
-            self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
+            seen = torch.tensor(plan.seen, device=device)[:, None]
+            filled = torch.arange(self.window_length, device=device) <= seen
+            self._slots_mask = _additive(filled[:, None, None], self._mask_dtype)
+        elif min(plan.seen) < self.window_length:
+            self._slots_mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
         return self._slots_mask
 
-    def _refuse_half_a_step(self) -> None:
-        """Raise if an error left the cache in the middle of a forward pass, where some layers took in its tokens."""
+    def settle(self) -> None:
+        """Take back a step that an error or an interrupt cut short, when some layers had its tokens and some had not.
+
+        Raises:
+            ValueError: layers that slide, or keep a state, were cut short: they can't take tokens back.
+        """
         counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
         counts -= {None}  # of layers that don't count
-        step, has_states = self.step, any(isinstance(layer, StateLayer) for layer in self.layers)
-        if len(counts) > 1 or (
-            has_states and step is not None and step.prepared and {step.start + step.length} != counts
+        plan, has_states = self._plan, any(isinstance(layer, StateLayer) for layer in self.layers)
+        begun = {layer.evicted.end for layer in self._sink_layers} | counts
+        if self._sinks_only:
+            if len(begun) > 1:
+                for layer in self.layers:
+                    layer.take_back(min(counts), self.pads or [0])
+                self._plan = None
+        elif len(begun) > 1 or (
+            has_states and plan is not None and plan.prepared and {plan.start + plan.length} != counts
         ):
             raise ValueError(
                 "The `SinkCache` in `past_key_values` was left in the middle of a forward pass by an error: its layers "
-                "disagree about the tokens seen. `reset()` it, or use a new one."
+                "disagree about the tokens seen, and those that slide or keep a state can't take them back. `reset()` "
+                "it, or use a new one."
             )
 
-    def written(self) -> None:
-        """Count the token that compiled code wrote."""
+    def count_compiled_token(self) -> None:
+        """Count the token that a compiled step wrote."""
+        self.has_evicted |= self._plan.evicts
         for layer in self.layers:
-            layer.seen = self.step.start + 1
+            layer.count_written()
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, padding included, if bound; tokens stored if not."""
@@ -1080,7 +1324,7 @@ class SinkCache(Cache):
         layer = self._counting(layer_idx)
         if not isinstance(layer, SinkLayer):
             return layer.get_mask_sizes(sizes)
-        num_keys = self.plan(stored, length).num_keys
+        num_keys = self.plan_update(stored, length).num_keys
         return num_keys, stored + length - num_keys
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -1094,6 +1338,7 @@ class SinkCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SinkLayer):
                 layer.look()
+                layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
                 if isinstance(layer, StateLayer):
                     StateLayer.reorder_cache(layer, indices)
             else:
@@ -1104,7 +1349,7 @@ class SinkCache(Cache):
         if self.pads is not None and len(self.pads) > 1:
             rows = indices.tolist()
             self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
-        self.step = None
+        self._plan = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -1115,37 +1360,114 @@ class SinkCache(Cache):
         """The rows of the batch held, -1 if it holds nothing yet."""
         return next((keys.shape[0] for keys in self.key_cache if keys is not None and keys.numel() > 0), -1)
 
-    def crop(self, max_length: int) -> None:
-        """Forget the latest tokens, as long as none was evicted: what they evicted could not come back.
+    def crop(self, tokens: Optional[int] = None, **named: int) -> None:
+        """Take back the latest tokens: as far as nothing was evicted, and past that those of the last update.
+
+        `activate_past_recording` has all tokens taken back that came since the last `crop`.
 
         Args:
-            max_length: how many columns (tokens, padding included) to keep; if negative, how many to forget.
+            tokens: in the convention of the release. If negative, how many columns (tokens, padding included) to
+                forget. If positive, how many to keep. 0 is nothing to forget where transformers calls the argument
+                `tokens_to_remove`, and nothing to keep where it is `max_length`. Both names are taken.
 
         Raises:
-            ValueError: a token was evicted, or a row would be left without one, or the cache is not bound. Nothing is
-                lost then.
+            TypeError: not one int was given.
+            ValueError: what the tokens evicted is gone, a row would be left without a token, or the cache is not bound
+                or has layers that can't take tokens back. Nothing is lost then.
         """
+        if tokens is not None or len(named) != 1 or not named.keys() <= {"tokens_to_remove", "max_length"}:
+            if tokens is None or named:
+                raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
+            named = {CROP_ARGUMENT: tokens}
+        ((name, tokens),) = named.items()
+        if not isinstance(tokens, int) or isinstance(tokens, bool):
+            raise TypeError(f"`{name}` must be an int, got {tokens!r}.")
+        self.settle()
         seen = self.get_seq_length()
-        kept = max_length if max_length >= 0 else seen + max_length
-        if kept >= seen > 0:
-            return
-        pads = self.pads or [0]
-        if not self.is_bound or not self._sinks_only or seen - min(pads) > self.window_length or any(self.offsets):
+        end = tokens if tokens > 0 or (tokens == 0 and name == "max_length") else seen + tokens
+        if end >= seen and seen > 0:
+            end = seen  # there is nothing to forget, which settles what was recorded
+        self._take_back(end, f"`{name}`", tokens)
+
+    def _take_back(self, end: int, name: str, value: int) -> None:
+        """Forget all columns from `end` on, or raise and say that `name` asked for it."""
+        seen, pads = self.get_seq_length(), self.pads or [0]
+        if not self.is_bound or not self._can_take_back:
             raise ValueError(
-                "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, and before "
-                f"its first eviction, got one with {seen} tokens seen and a window of {self.window_length}: what the "
-                "cropped tokens evicted is gone."
+                "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, or where "
+                "transformers lets the layers that slide take tokens back, after `activate_past_recording()`. Got "
+                f"{name} {value}."
             )
-        if kept <= max(pads):
+        if end < seen and end <= max(pads):
+            if end == 0:
+                self.reset()
+                return
             raise ValueError(
-                f"`max_length` must leave a token of each row, {max(pads) + 1} columns or more, got {max_length} of "
-                f"{seen}. To forget all of them, `reset()` it."
+                f"{name} must leave a token of each row, {max(pads) + 1} columns or more, got {value} of {seen}. To "
+                "forget all of them, `reset()` it."
+            )
+        if end < seen - self.num_removable:
+            raise ValueError(
+                f"{name} can forget {self.num_removable} of the {seen} tokens seen, got {value}: what those before "
+                f"evicted from the window of {self.window_length} is gone. `reset()` it and pass the conversation anew."
             )
         for layer in self.layers:
-            layer.seen = kept
-        if self.latest_ids is not None and self.latest_end > kept:
-            self.latest_ids, self.latest_end = self.latest_ids[:, : kept - self.latest_end], kept
-        self.step = None
+            if isinstance(layer, SinkLayer):
+                layer.take_back(end, pads)
+            else:
+                layer.crop(end - seen)
+        if self.latest_ids is not None and self.latest_end > end:
+            self.latest_ids, self.latest_end = self.latest_ids[:, : end - self.latest_end], end
+        self._plan = None
+
+    @property
+    def num_removable(self) -> int:
+        """How many of the latest columns `crop` can forget."""
+        if not self.is_bound or not self._can_take_back:
+            return 0
+        if not self.has_evicted and not any(self.offsets):
+            return self.get_seq_length()
+        return min(layer.evicted.columns for layer in self._sink_layers)
+
+    def common_length(self, input_ids: torch.Tensor, first: int = 0) -> int:
+        """Up to which column the conversation of `input_ids` is the one held, as far as its tokens are known.
+
+        Args:
+            input_ids: int64 `[batch, length]`, of the columns from `first` on.
+        """
+        seen, end = self.get_seq_length(), first + input_ids.shape[1]
+        if self.latest_ids is None or len(self.latest_ids) != len(input_ids):
+            return min(seen, end)
+        latest_first = self.latest_end - self.latest_ids.shape[1]
+        start, stop = max(first, latest_first), min(end, seen, self.latest_end)
+        if stop <= start:
+            return min(seen, end) if first >= self.latest_end else 0
+        known = self.latest_ids[:, start - latest_first : stop - latest_first].to(input_ids.device)
+        others = (input_ids[:, start - first : stop - first] != known).any(dim=0).nonzero()
+        return start + int(others[0]) if len(others) > 0 else min(seen, end)
+
+    def activate_past_recording(self) -> None:
+        """Keep what tokens evict until `crop` is called, not only what those of the last update did.
+
+        At most a window of it is kept. Assisted decoding of transformers calls this in newer releases.
+        """
+        self.record_past = True
+
+    @property
+    def record_past(self) -> bool:
+        """Whether what tokens evict is kept until `crop` is called."""
+        return any(layer.record_past for layer in self._sink_layers)
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        for layer in self.layers:
+            if _can_record(layer):
+                layer.record_past = recording
+
+    @property
+    def _can_take_back(self) -> bool:
+        """Whether all layers can forget their latest tokens."""
+        return all(type(layer) is SinkLayer or (_can_record(layer) and layer.record_past) for layer in self.layers)
 
     def save(self, path: Union[str, os.PathLike]) -> None:
         """Write the conversation held to one safetensors file, from which `load` goes on in any process.
@@ -1156,9 +1478,9 @@ class SinkCache(Cache):
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
-        self._refuse_half_a_step()
+        self.settle()
         for ring in self._rings:  # as the model made them, which is all that there is to know
-            ring.move_sinks([0])
+            ring.place_sinks([0])
         tensors = {"fingerprint": self._fingerprint}
         if self.latest_ids is not None:
             tensors["latest_ids"] = self.latest_ids
@@ -1189,6 +1511,7 @@ class SinkCache(Cache):
         cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
         _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
         cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
+        cache.has_evicted = state["has_evicted"]
         cache.latest_ids = tensors.get("latest_ids")
         for layer_idx, layer in enumerate(cache.layers):
             held = {}
@@ -1208,13 +1531,13 @@ def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> No
         )
 
 
-def _layers(model: PreTrainedModel, window_length: int, num_sink_tokens: int, reading: Reading) -> list:
+def _layers(model: PreTrainedModel, window: Window, reading: Reading) -> list:
     """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
     own = [] if _slides_everywhere(model) else _own_layers(model)
     layers, rings = [], {}
-    for layer, rotation, slots in itertools.zip_longest(own, reading.rotations, reading.slots):
+    for layer, rotation, slots in itertools.zip_longest(own[: len(reading.slots)], reading.rotations, reading.slots):
         if (rotation, slots) not in rings:
-            rings[rotation, slots] = Ring(window_length, num_sink_tokens, rotation)
+            rings[rotation, slots] = Ring(window, rotation)
         ring = rings[rotation, slots]
         # A layer that caches nothing of text is for what comes beside it, as images.
         if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not slots):
@@ -1253,7 +1576,7 @@ def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
 
 
 # What `SinkCache.save` writes of the cache, beside its layers.
-SAVED_STATE = ("window_length", "num_sink_tokens", "pads", "offsets", "latest_end")
+SAVED_STATE = ("window_length", "num_sink_tokens", "pads", "offsets", "has_evicted", "latest_end")
 
 
 class UnboundLayers:
@@ -1347,18 +1670,29 @@ PER_TOKEN_INPUTS |= {"position_ids": -1, "cache_position": -1}
 GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 
 
+def _stand_in(module: torch.nn.Module) -> Any:
+    """An object that shares all of `module`: what is set on it is not set on the module."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    return stand_in
+
+
 def _streaming(
-    model: PreTrainedModel, cache: SinkCache, left_out: int, prefill_chunk_size: Optional[int], prefill_progress: bool
+    model: PreTrainedModel,
+    cache: SinkCache,
+    columns: int,
+    left_out: int,
+    prefill_chunk_size: Optional[int],
+    prefill_progress: bool,
 ) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
 
-    The ids of the call leave out the first `left_out` columns of the conversation.
+    The conversation has `columns`, of which the ids of the call leave out the first `left_out`.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
     """
-    stand_in = object.__new__(type(model))
-    stand_in.__dict__.update(model.__dict__)
+    stand_in = _stand_in(model)
     # A model loaded from a repository that carries this file has `generate` below in its own place.
     stand_in.__dict__.pop("generate", None)
     prepare = model.prepare_inputs_for_generation
@@ -1377,7 +1711,8 @@ def _streaming(
             _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
             _refuse_other_conversation(cache, input_ids, end)
         elif kwargs.get("position_ids") is None:  # until 5.3, made of the mask that `update_model_kwargs` takes away
-            kwargs["position_ids"] = _natural_positions(cache, 1).to(input_ids.device).expand(len(input_ids), -1)
+            positions = _natural_positions(cache, end - start)
+            kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
         cache.latest_ids, cache.latest_end = input_ids, end
         _count_columns(kwargs, start, end, input_ids.device)
         inputs = prepare(input_ids, *args, **kwargs)
@@ -1386,11 +1721,15 @@ def _streaming(
             inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
         if not prompt:
             return _inputs_for_step(stand_in, cache, inputs)
-        chunks = _chunks(cache, _new_tokens(inputs).shape[1], prefill_chunk_size)
+        # The logits of a draft, which assisted decoding appends to the prompt, and of the token before it are needed.
+        chunks = _chunks(model, cache, _new_tokens(inputs).shape[1], prefill_chunk_size, least_last=end - columns + 1)
         _refuse_media(inputs, chunks)
         _refuse_other_positions(cache, inputs.get("position_ids"))
+        recording = cache.record_past
+        cache.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
+        cache.record_past = recording
         return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
 
     def update_model_kwargs(*args, **kwargs) -> dict[str, Any]:
@@ -1420,7 +1759,7 @@ def _streaming(
         def compiled_call(**inputs) -> Any:
             outputs = call(**inputs)
             if inputs.get("past_key_values") is cache:
-                cache.written()
+                cache.count_compiled_token()
             return outputs
 
         return compiled_call
@@ -1440,7 +1779,7 @@ def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
 def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
     """Take over a batch's padding if `cache` is empty; raise if it holds another batch, or other padding."""
     if cache.get_seq_length() == 0:
-        cache.pads, cache.offsets, cache.step = pads, [0] * len(pads), None
+        cache.pads, cache.offsets, cache._plan = pads, [0] * len(pads), None
     elif cache.batch_size != batch_size:
         raise ValueError(
             f"`past_key_values` holds a batch of {cache.batch_size}, got one of {batch_size} (beams and returned "
@@ -1457,14 +1796,7 @@ def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
 
 def _refuse_other_conversation(cache: SinkCache, input_ids: torch.Tensor, end: int) -> None:
     """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
-    if cache.latest_ids is None:
-        return
-    first, latest_first = end - input_ids.shape[1], cache.latest_end - cache.latest_ids.shape[1]
-    start, stop = max(first, latest_first), min(cache.get_seq_length(), cache.latest_end)
-    if start < stop and not torch.equal(
-        input_ids[:, start - first : stop - first],
-        cache.latest_ids[:, start - latest_first : stop - latest_first].to(input_ids.device),
-    ):
+    if cache.common_length(input_ids, end - input_ids.shape[1]) < cache.get_seq_length():
         raise ValueError(
             "`input_ids` must continue the conversation in `past_key_values`, but are not the tokens that the "
             "`SinkCache` has seen. To start another one, `reset()` it."
@@ -1491,24 +1823,34 @@ def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
     return cut
 
 
-def _chunks(cache: SinkCache, length: int, prefill_chunk_size: Optional[int]) -> list[slice]:
-    """Cut `length` new tokens into updates: what fits into the window at once, the rest in chunks that evict little.
+def _chunks(
+    model: PreTrainedModel, cache: SinkCache, length: int, prefill_chunk_size: Optional[int], least_last: int = 1
+) -> list[slice]:
+    """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
 
-    A chunk evicts as many tokens as it has before any of its own attend, so its first token sees a window that is short
-    by the rest of the chunk: by default at most a quarter.
+    How a prompt is cut is a matter of time and memory alone. For each token of a chunk that evicts, attention sees one
+    more copy of the sinks, so by default a chunk has so many tokens that these copies take half a window.
+
+    Args:
+        least_last: how many tokens the last update must have at least.
     """
-    room = cache.window_length - cache.num_sink_tokens
-    chunk_size = min(prefill_chunk_size or max(room // 4, 1), room)
-    if not cache._resumes:  # a model that forgets its states in between
+    start, window = cache.get_seq_length(), cache._window
+    chunk_size = prefill_chunk_size or max(window.length // (2 * max(window.num_sinks, 1)), 1)
+    if not cache._resumes or not _takes_masks(model):
         chunk_size = 1
-    fits = cache.window_length - max(max(cache.get_seq_length() - pad, 0) for pad in cache.pads)
-    chunks, start = [], 0
-    while start < length:
-        unevicted = fits - start if cache._resumes or cache.get_seq_length() + start == 0 else 0
-        size = chunk_size if unevicted <= 0 else min(unevicted, prefill_chunk_size or unevicted)
-        chunks.append(slice(start, min(start + size, length)))
-        start += size
-    return chunks
+    chunk_size = min(chunk_size, cache._most_at_once(start + length))
+    fits = window.length - max(max(start - pad, 0) for pad in cache.pads) if cache._resumes or start == 0 else 0
+    sizes = []
+    while sum(sizes) < length:
+        unevicted = fits - sum(sizes)
+        size = min(unevicted, prefill_chunk_size or unevicted) if unevicted > 0 else chunk_size
+        sizes.append(min(size, length - sum(sizes)))
+    while sizes[-1] < least_last and len(sizes) > 1:
+        last = sizes.pop()
+        moved = min(least_last - last, sizes[-1])
+        sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends)]
 
 
 def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
@@ -1528,10 +1870,10 @@ def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
 def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str, Any]) -> dict[str, Any]:
     """Fit the model's inputs for one update to the cache: positions that stay bounded, a mask over the kept keys."""
     tokens = _new_tokens(inputs)
-    batch_size, length = tokens.shape[:2]
-    cache.bound_positions(length)
-    step = cache.plan(cache.get_seq_length(), length)
-    step.prepared = True
+    length = tokens.shape[1]
+    cache.lower_positions_if_needed(length)
+    plan = cache.plan_update(cache.get_seq_length(), length)
+    plan.prepared = True
     positions = inputs.get("position_ids")
     if positions is None:
         positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
@@ -1541,36 +1883,48 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if cache.static:
         # Strides that depend on how many tokens there were would have the code compiled again.
         inputs["position_ids"] = positions.clone(memory_format=torch.contiguous_format)
-        inputs["attention_mask"] = cache.point_slots(step, model.dtype, tokens.device)
-    elif any(cache.pads) or step.evicts:
-        inputs["attention_mask"] = None
-        if step.needs_mask and not _takes_masks(model):
-            raise ValueError(
-                "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
-                '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
-            )
-        by_kind = any(cache.pads) and not cache._sinks_only
-        # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
-        leaves_it = (by_kind and length > 1) or not MASKS_FOLLOW_THE_CACHE
-        if step.needs_mask or (leaves_it and _takes_masks(model)):
-            inputs["attention_mask"] = step.mask(model.dtype, tokens.device)
-        if by_kind:
-            columns = torch.arange(step.start + length, device=tokens.device)
-            attended = columns >= torch.tensor(cache.pads, device=tokens.device)[:, None]
-            attended = attended.expand(batch_size, -1)
-            # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
-            of_states = attended[:, -length:] if step.start < max(cache.pads) else None
-            inputs["attention_mask"] = {
-                "full_attention": inputs["attention_mask"],
-                "hybrid": inputs["attention_mask"],
-                "linear_attention": of_states,
-                "conv": of_states,
-                **{
-                    kind: _own_mask(kind, model, cache, attended, length)
-                    for kind in {"sliding_attention", "chunked_attention"}.intersection(_kinds(model.config))
-                },
-            }
+        inputs["attention_mask"] = cache.prepare_compiled_step(plan, tokens.device)
+    elif any(cache.pads) or plan.evicts:
+        inputs["attention_mask"] = _masks(model, cache, plan, tokens)
     return inputs
+
+
+def _masks(model: PreTrainedModel, cache: SinkCache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
+    """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
+
+    None where each token sees all keys of before and, causally, the new ones.
+    """
+    if plan.needs_mask and not _takes_masks(model):
+        raise ValueError(
+            "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
+            '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
+            if not plan.sees_copies
+            else f"These {plan.length} tokens evict some, which needs a mask that this model's `attn_implementation`, "
+            'flash attention, does not take. Pass one token at a time, or load the model with "sdpa".'
+        )
+    padded, mask = any(cache.pads), None
+    by_kind = not cache._sinks_only and (padded or plan.sees_copies)
+    # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
+    leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
+    if plan.needs_mask or (leaves_it and _takes_masks(model)):
+        mask = plan.mask(cache._mask_dtype, tokens.device)
+    if not by_kind:
+        return mask
+    attended = None
+    if padded:
+        columns = torch.arange(plan.start + plan.length, device=tokens.device)
+        attended = columns >= torch.tensor(cache.pads, device=tokens.device)[:, None]
+        attended = attended.expand(len(tokens), -1)
+    # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
+    of_states = attended[:, -plan.length :] if plan.start < max(cache.pads) else None
+    kinds = {"sliding_attention", "chunked_attention"}.intersection(_kinds(model.config))
+    return {
+        "full_attention": mask,
+        "hybrid": mask,
+        "linear_attention": of_states,
+        "conv": of_states,
+        **{kind: _own_mask(kind, model, cache, attended, plan, tokens) for kind in kinds},
+    }
 
 
 def _takes_masks(model: PreTrainedModel) -> bool:
@@ -1662,27 +2016,40 @@ def generate(
     else:
         _refuse_cache(cache, window)
     columns, left_out, start = _columns(kwargs)
-    _refuse_other_columns(cache, columns, start)
+    end = _last_in_common(cache, kwargs, columns, left_out)
+    _refuse_other_columns(cache, columns, start, end)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    if _assistance(model, kwargs):
+        _refuse_assistance(model, cache, kwargs)
+    if kwargs.get("assistant_model") is not None:
+        kwargs["assistant_model"] = _drafting(_unwrapped(kwargs["assistant_model"], "assistant_model"), cache._window)
     cache.bind(model)
-    stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress)
+    if end < cache.get_seq_length():
+        cache.crop(max_length=end)
+    lent = _with_its_own_depth(model) if _setting(model, kwargs, "assistant_early_exit") else model
+    stand_in = _streaming(lent, cache, columns, left_out, chunk_size, prefill_progress)
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None}
     stand_in.generation_config = _with(model.generation_config, **served)
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
+    if lent is not model:
+        depth = _setting(model, kwargs, "assistant_early_exit")
+        stand_in.generate = _drafting(model, cache._window, lent, depth).generate
+    recorded = cache.record_past
     try:
         return type(model).generate(stand_in, past_key_values=cache, **kwargs)
     finally:
+        cache.record_past = recorded
         cache.static, cache._slots_mask = False, None
         vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
-    """The model of transformers that `model` is, or that `torch.compile` or peft put their wrapper around.
+def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
+    """The model of transformers that the argument `name` is, or that `torch.compile` or peft put their wrapper around.
 
     Raises:
         TypeError: there is none.
@@ -1692,7 +2059,7 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     if callable(getattr(inner, "get_base_model", None)):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
         if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
@@ -1734,12 +2101,10 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"`cache_implementation` must not be given, got {source!r}: the cache is a `SinkCache`. Leave it out."
             )
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha"):
-        if _setting(model, kwargs, name):
-            raise ValueError(
-                f"`{name}` asks for a decoding mode that takes tokens back, which a `SinkCache` can't: the tokens that "
-                "they evicted are gone. Leave it out."
-            )
+    if _setting(model, kwargs, "penalty_alpha"):
+        raise ValueError(
+            "`penalty_alpha` asks for contrastive search, which looks at all tokens of before. Leave it out."
+        )
     if kwargs.get("position_ids") is not None:
         raise ValueError(
             "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
@@ -1747,6 +2112,113 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
+
+
+def _assistance(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
+    """The arguments of `generate` that ask for assisted decoding (arXiv:2211.17192)."""
+    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    return [name for name in names if _setting(model, kwargs, name)]
+
+
+def _refuse_assistance(model: PreTrainedModel, cache: SinkCache, kwargs: dict[str, Any]) -> None:
+    """Raise where drafts can't be checked, or taken back, as exactly as one token at a time."""
+    name, window = _assistance(model, kwargs)[0], (cache.window_length, cache.num_sink_tokens)
+    if name == "use_mtp" or _setting(model, kwargs, "speculation_type") == "dflash":
+        raise ValueError(
+            f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
+            "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
+        )
+    if not _takes_masks(model):
+        raise ValueError(
+            f"`{name}` checks several tokens at once, which needs a mask that this model's `attn_implementation`, "
+            'flash attention, does not take. Load the model with "sdpa", or leave it out.'
+        )
+    if not all(_can_record(layer) for layer in SinkCache(*window).bind(model).layers):
+        raise ValueError(
+            f"`{name}` asks for a decoding mode that takes tokens back, which some layers of `model` "
+            f"({type(model).__name__}) can't with transformers {transformers.__version__}: they slide or keep a state. "
+            "Leave it out, or use a model with full attention in its layers."
+        )
+    number = _setting(model, kwargs, "prompt_lookup_num_tokens")
+    if number is not None and number >= cache.window_length:
+        raise ValueError(
+            f"`prompt_lookup_num_tokens` must be less than `window_length` ({cache.window_length}), got {number}."
+        )
+
+
+def _with_its_own_depth(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with a configuration of its own for the base model, whose depth an early exit sets while it drafts."""
+    prefix = model.base_model_prefix
+    lent, base = _stand_in(model), _stand_in(getattr(model, prefix))
+    base.config = copy.copy(base.config)
+    vars(lent)["_modules"] = {**model._modules, prefix: base}
+    return lent
+
+
+def _drafting(
+    assistant: PreTrainedModel, window: Window, lent: Optional[PreTrainedModel] = None, depth: Optional[int] = None
+) -> PreTrainedModel:
+    """A stand-in for the assistant of assisted decoding that drafts in a stream of its own.
+
+    Its memory is that of one window, and it sees what the model that it assists sees. The model itself is the assistant
+    if it is `lent` for early exits: then its first `depth` layers have a stream of their own.
+    """
+    cache = SinkCache(window.length, window.num_sinks)
+    try:
+        cache.bind(assistant)
+    except ValueError as error:
+        raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
+    if lent is not None:
+        cache._lend(lent, depth)
+    if not all(_can_record(layer) for layer in cache.layers):
+        raise ValueError(
+            f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens back "
+            f"with transformers {transformers.__version__}, as they slide or keep a state. Use another one."
+        )
+    cache.record_past = True
+    stand_in = _stand_in(assistant if lent is None else lent)
+    stand_in.generate = functools.partial(_draft, assistant if lent is None else lent, cache)
+    return stand_in
+
+
+def _draft(
+    assistant: PreTrainedModel,
+    cache: SinkCache,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    attention_mask: Optional[torch.Tensor] = None,
+    **kwargs,
+) -> Any:
+    """What `assistant` says after `input_ids` (int64 `[1, tokens]`): its own `generate`, in `cache`.
+
+    What it drafted before and the model did not take is known by its tokens, and taken back first.
+    """
+    length = input_ids.shape[1]
+    if attention_mask is not None and attention_mask.shape[1] < length:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
+    end = min(cache.common_length(input_ids), length - 1)
+    if end > max(cache.pads or [0]) and end >= cache.get_seq_length() - cache.num_removable:
+        cache.crop(max_length=end)
+    else:
+        cache.reset()
+        cache.record_past = True
+    for name in ("past_key_values", "position_ids", "cache_position"):
+        kwargs.pop(name, None)
+    # Releases from 4.55 to 5.x ask for a cache here that keeps all of what slides.
+    kwargs["generation_config"] = _with(kwargs["generation_config"], cache_implementation=None)
+    most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
+    if kwargs.get("min_new_tokens") is not None:
+        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
+    output = generate(
+        assistant,
+        past_key_values=cache,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=most,
+        **kwargs,
+    )
+    output.past_key_values = None  # transformers would crop it by its own count
+    return output
 
 
 def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
@@ -1761,19 +2233,35 @@ def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
     return columns, columns - given, columns - max(given, embedded)
 
 
-def _refuse_other_columns(cache: SinkCache, columns: int, start: int) -> None:
-    """Raise unless what is given of a conversation, its `columns` from `start` on, goes on where `cache` has got to."""
+def _last_in_common(cache: SinkCache, kwargs: dict[str, Any], columns: int, left_out: int) -> int:
+    """Up to which of the columns seen the conversation of a call of `generate` goes on: it may take the latest back.
+
+    An interrupt, or a draft that was not taken, may have left tokens in the cache that are not in the conversation, and
+    one of its tokens at least must be new. What can't be taken back counts as common, and is refused as other tokens.
+    """
+    ids, seen = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"], cache.get_seq_length()
+    if seen == 0 or ids is None:
+        return seen
+    end = min(cache.common_length(ids, left_out), columns - 1)
+    return end if max(cache.pads or [0]) < end and seen - cache.num_removable <= end < seen else seen
+
+
+def _refuse_other_columns(cache: SinkCache, columns: int, start: int, end: int) -> None:
+    """Raise unless what is given of a conversation, its `columns` from `start` on, goes on where `cache` has got to.
+
+    That is column `end` of those seen.
+    """
     seen = cache.get_seq_length()
-    if 0 < columns <= seen:
+    if 0 < columns <= end:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
             f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. To "
             "start another one, `reset()` it."
         )
-    if seen < start < columns:
+    if end < start < columns:
         raise ValueError(
-            f"`input_ids` must go on after the {seen} tokens that the `SinkCache` has seen, but are the last "
-            f"{columns - start} of the {columns} in `attention_mask`: {start - seen} are missing. The last token that "
+            f"`input_ids` must go on after the {end} tokens that the `SinkCache` has seen, but are the last "
+            f"{columns - start} of the {columns} in `attention_mask`: {start - end} are missing. The last token that "
             "was generated has not been seen, so pass it too."
         )
 
@@ -1865,4 +2353,4 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    past_key_values._refuse_half_a_step()
+    past_key_values.settle()

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import torch
@@ -33,25 +32,16 @@ with_the_old_class = pytest.mark.skipif(
 
 @torch.no_grad()
 def oracle(
-    model: PreTrainedModel,
-    tokens: list[int],
-    window_length: int,
-    num_sink_tokens: int,
-    updates: Optional[list[int]] = None,
-    **inputs,
+    model: PreTrainedModel, tokens: list[int], window_length: int, num_sink_tokens: int, **inputs
 ) -> torch.Tensor:
     """The logits that streaming `tokens` must give, `[len(tokens), vocab_size]`, from one forward pass without a cache.
 
-    The tokens come in `updates` of so many, by default of one. Those of an update see the kept ones of before (the
-    first `num_sink_tokens`, directly before the latest `window_length - num_sink_tokens - len(update)`) and, causally,
-    each other. RoPE knows only differences of positions, so for every distance that the sinks have to move a copy of
-    them is appended with `position_ids` moved as far; a copy sees itself only, so its hidden states are the sinks'.
+    Token `t` sees the first `num_sink_tokens`, directly before the latest `window_length - num_sink_tokens` up to and
+    including itself. RoPE knows only differences of positions, so for every distance that the sinks have to move a copy
+    of them is appended with `position_ids` moved as far; a copy sees itself only, so its hidden states are the sinks'.
     """
-    start, plan = 0, []  # (the tokens of an update, how far the sinks move for it)
-    for length in updates or [1] * len(tokens):
-        plan.append((slice(start, start + length), start - min(start, max(window_length - length, num_sink_tokens))))
-        start += length
-    moves = sorted({move for _, move in plan if move}) if num_sink_tokens else []
+    plan = [max(token - window_length + 1, 0) for token in range(len(tokens))]  # how far the sinks move for each
+    moves = sorted({move for move in plan if move}) if num_sink_tokens else []
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or [])
     # Where keys are made of several tokens, a copy comes after padding, as the sinks come after nothing.
@@ -69,11 +59,11 @@ def oracle(
         position_ids[copy] = torch.arange(num_sink_tokens) + move
     itself = (part[:, None] == part) & (place[:, None] >= place)
     sees = itself.clone()
-    for update, move in plan:
+    for token, move in enumerate(plan):
         if move:
-            sees[update, : move + num_sink_tokens] = False
+            sees[token, : move + num_sink_tokens] = False
         if move in copies:
-            sees[update, copies[move]] = True
+            sees[token, copies[move]] = True
 
     def mask(sees: torch.Tensor) -> torch.Tensor:
         return torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(~sees, torch.finfo(model.dtype).min)[None, None]

@@ -50,7 +50,7 @@ def test_100_000_evictions_in_bfloat16(capsys):
             continue
         looks += 1
         kept = torch.cat([torch.arange(SINKS), torch.arange(token - (WINDOW - SINKS) + 1, token + 1)])
-        keys = cache.layers[0].keys[0, 0, [cache.step.slot(int(index)) for index in kept]]
+        keys = cache.layers[0].keys[0, 0, [cache._window.slot(int(index)) for index in kept]]
         # As the model was told last: the window ends at the new token, and the sinks are right before it.
         positions = torch.arange(WINDOW) + int(made_at[token]) - WINDOW + 1
         worst = max(worst, error(keys, turned(raw[kept], positions, frequencies)))

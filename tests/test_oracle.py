@@ -128,18 +128,15 @@ def test_a_prompt_that_the_window_holds_at_once(length):
     assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20) < 1e-5
 
 
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
-@pytest.mark.parametrize("prefill_chunk_size", [None, 5, 100])
-def test_a_long_prompt_in_chunks(window, prefill_chunk_size):
-    # What the window holds goes in at once (or in chunks as named), the rest in quarters of its room beside the sinks.
-    model = small_model()
-    window_length, room = window[0], window[0] - window[1]
-    chunk = min(prefill_chunk_size or max(room // 4, 1), room)
-    first = [5, 5, 5, 1] if prefill_chunk_size == 5 else [window_length]
-    rest = 60 - window_length
-    updates = first + [chunk] * (rest // chunk) + [rest % chunk] * (rest % chunk > 0)
-    tokens, logits = stream(model, prompt(60), *window, max_new_tokens=20, prefill_chunk_size=prefill_chunk_size)
-    assert difference(logits, oracle(model, tokens, *window, updates + [1] * 20)[59:-1]) < 1e-5
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15), (12, 1)], ids=str)
+@pytest.mark.parametrize("prefill_chunk_size", [None, 1, 2, 7, "W - S", 100])
+@pytest.mark.parametrize("length", [50, 130])
+def test_a_long_prompt_in_chunks(architecture, window, prefill_chunk_size, length):
+    if prefill_chunk_size == "W - S":
+        prefill_chunk_size = window[0] - window[1]
+    model = small_model(architecture)
+    assert error(model, prompt(length), *window, max_new_tokens=5, prefill_chunk_size=prefill_chunk_size) < 1e-5
 
 
 def own_loop(model, tokens, window_length, num_sink_tokens, updates, prepared) -> float:
@@ -150,7 +147,7 @@ def own_loop(model, tokens, window_length, num_sink_tokens, updates, prepared) -
             inputs = cache.prepare_inputs(ids) if prepared else dict(input_ids=ids, past_key_values=cache)
             logits.append(model(**inputs).logits[0])
     assert cache.get_seq_length() == tokens.shape[1]
-    return difference(torch.cat(logits), oracle(model, tokens[0].tolist(), window_length, num_sink_tokens, updates))
+    return difference(torch.cat(logits), oracle(model, tokens[0].tolist(), window_length, num_sink_tokens))
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["by itself", "prepared"])
@@ -161,16 +158,27 @@ def test_a_loop_of_ones_own(window, attn_implementation, prepared):
     assert own_loop(model, prompt(100), *window, [1] * 100, prepared) < 1e-5
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["by itself", "prepared"])
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15)], ids=str)
-@pytest.mark.parametrize("updates", [[10, 5, 3, 7, 12, 1, 1, 11], [2, 14, 16, 1], [40, 1, 30, 1, 1]], ids=str)
-def test_updates_of_several_tokens_in_a_loop_of_ones_own(window, updates, prepared):
-    model, tokens = small_model(), prompt(sum(updates))
-    if prepared or RELEASE >= Version("4.54"):
-        assert own_loop(model, tokens, *window, updates, prepared) < 1e-5
-    else:
-        with pytest.raises(ValueError, match="would mask.*wrongly.*prepare_inputs"):
-            own_loop(model, tokens, *window, updates, prepared)
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15), (12, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "updates", [[10, 5, 3, 7, 12, 1, 1, 11], [2, 14, 16, 1], [40, 1, 30, 1, 1], [3, 2, 60]], ids=str
+)
+def test_updates_of_several_tokens_in_a_loop_of_ones_own(updates, window, attn_implementation):
+    model = small_model(attn_implementation=attn_implementation)
+    assert own_loop(model, prompt(sum(updates)), *window, updates, prepared=True) < 1e-5
+
+
+@pytest.mark.parametrize("trained_length", [24, 33])
+def test_updates_of_several_tokens_while_positions_are_shifted_back(trained_length):
+    model, updates = small_model(max_position_embeddings=trained_length), [7, 20, 1, 13, 1, 19, 20, 2, 20, 1, 1, 16]
+    assert own_loop(model, prompt(sum(updates)), 16, 4, updates, prepared=True) < 1e-5
+
+
+def test_several_tokens_that_evict_need_the_mask_of_prepare_inputs():
+    model = small_model()
+    assert own_loop(model, prompt(16), 16, 4, [10, 6], prepared=False) < 1e-5
+    with pytest.raises(ValueError, match="these 7 tokens evict some.*prepare_inputs"):
+        own_loop(model, prompt(17), 16, 4, [10, 7], prepared=False)
 
 
 def test_a_prepared_loop_keeps_positions_bounded():

@@ -47,6 +47,8 @@ class Programs(RuleBasedStateMachine):
         self.cache.reset()
         self.rows = [[] for _ in range(data.draw(strategies.integers(1, 3)))]
         self.pads = [0] * len(self.rows)
+        self.evicted, self.recording = False, False
+        self.latest = 0  # how many columns can be taken back once some evicted others
 
     @rule(length=strategies.integers(1, 20), data=strategies.data())
     def update(self, length, data):
@@ -74,21 +76,20 @@ class Programs(RuleBasedStateMachine):
         keys, values = self.cache.update(keys, values, 0)
 
         for row, tokens in enumerate(new):
-            kept = self.kept(row, len(tokens))
             for column, sees in self.seen_by(row, tokens, keys.shape[2], length, inputs["attention_mask"]):
-                expected = kept + tokens[: column - length + len(tokens) + 1]
+                so_far = self.rows[row] + tokens[: column - length + len(tokens) + 1]
+                recent = so_far[self.num_sink_tokens :][self.num_sink_tokens - self.window_length :]
+                expected = so_far[: self.num_sink_tokens] + recent
                 assert sorted(values[row, 0, sees, 0].tolist()) == sorted(expected)
                 for place in sees:
                     distance = len(expected) - 1 - expected.index(int(values[row, 0, place, 0]))
                     exact = key(int(values[row, 0, place, 0]), int(positions[row, column]) - distance, self.frequencies)
                     assert (keys[row, 0, place].double() - exact).norm() < 1e-5 * exact.norm()
             self.rows[row] = self.rows[row] + tokens
-
-    def kept(self, row: int, num_new: int) -> list[int]:
-        """The row's tokens that are still there once there is room for so many new ones."""
-        sinks, rest = self.rows[row][: self.num_sink_tokens], self.rows[row][self.num_sink_tokens :]
-        room = max(self.window_length - num_new - self.num_sink_tokens, 0)
-        return sinks + rest[max(len(rest) - room, 0) :]
+        self.evicted |= max(map(len, self.rows)) > self.window_length
+        room = self.window_length - self.num_sink_tokens
+        before = self.latest if self.recording else 0
+        self.latest = length if before == 0 else min(before + length, max(room, length))
 
     def seen_by(self, row, tokens, num_keys, length, mask) -> Iterator[tuple[int, list[int]]]:
         """Each new column of a row that is a token, and the places of the keys that it attends to."""
@@ -115,15 +116,25 @@ class Programs(RuleBasedStateMachine):
         self.rows, self.pads = [self.rows[row] for row in indices], [self.pads[row] for row in indices]
 
     @precondition(lambda self: self.cache.get_seq_length() > 0)
-    @rule(forgotten=strategies.integers(1, 20))
+    @rule(forgotten=strategies.integers(0, 20))
     def crop(self, forgotten):
-        evicted = max(map(len, self.rows)) > self.window_length
-        if evicted or min(map(len, self.rows)) <= forgotten:
-            with pytest.raises(ValueError, match="crop|`max_length` must leave a token of each row"):
+        seen = self.cache.get_seq_length()
+        possible = self.latest if self.evicted or any(self.cache.offsets) else seen
+        if forgotten == seen:
+            return  # which is `forget`
+        if forgotten > 0 and (forgotten > possible or min(map(len, self.rows)) <= forgotten):
+            with pytest.raises(ValueError, match="can forget|must leave a token of each row"):
                 self.cache.crop(-forgotten)
-        else:
-            self.cache.crop(-forgotten)
+            return
+        self.cache.crop(max_length=seen - forgotten)
+        if forgotten > 0:
             self.rows = [tokens[:-forgotten] for tokens in self.rows]
+        self.latest = 0 if self.recording else max(self.latest - forgotten, 0)
+
+    @rule()
+    def record(self):
+        self.cache.activate_past_recording()
+        self.recording = True
 
     @rule(how=strategies.sampled_from(["copy", "pickle"]))
     def replace_by_a_copy(self, how):

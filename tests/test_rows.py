@@ -112,8 +112,22 @@ def test_padded_rows_in_a_prepared_loop(updates):
             assert difference(torch.cat(logits, dim=1)[row, first:], torch.cat(expected)) < 1e-5
 
 
-def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
-    # What a chunk may attend to: the sinks, what is left of the window after all of it went in, and itself.
+@pytest.mark.parametrize("lengths", [(3, 7, 1, 12), (60, 55), (1, 40, 16, 17)], ids=str)
+def test_each_row_as_if_alone_in_default_chunks(lengths):
+    # Rows fill their windows at different times, within one update too.
+    model = small_model(max_position_embeddings=40)
+    prompts = [prompt(length, seed=row) for row, length in enumerate(lengths)]
+    settings = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    for chunk_size in (None, 9):
+        batch = generate(model, 16, 4, **left_padded(prompts, padding=7), prefill_chunk_size=chunk_size, **settings)
+        for row, ids in enumerate(prompts):
+            alone = generate(model, 16, 4, input_ids=ids, **settings)
+            assert torch.equal(batch.sequences[row, -20:], alone.sequences[0, -20:])
+            assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
+
+
+def test_the_chunks_of_a_long_prompt():
+    # What the window holds at once, then so many that the copies of their sinks take half a window.
     model = small_model()
     seen = []
     hook = model.register_forward_pre_hook(
@@ -121,5 +135,5 @@ def test_a_long_prompt_evicts_in_chunks_of_a_quarter_window():
     )
     output = generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=2, return_dict_in_generate=True)
     hook.remove()
-    assert seen[5:] == [16] + [3] * 8 + [1]  # after those that read the model
+    assert seen[5:] == [16] + [2] * 12 + [1]  # after those that read the model
     assert output.past_key_values.get_seq_length() == 41
