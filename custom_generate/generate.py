@@ -869,9 +869,9 @@ class SinkLayer(CacheLayerMixin):
         if keys is not None:
             window, number = self.ring.window, keys.shape[2]
             first = max(number - columns, 0)
-            tokens = torch.arange(first - number, 0, device="cpu") + latest - window.recent
-            tokens = tokens - torch.tensor(pads, device="cpu")[:, None]
-            rows, places = (tokens >= window.num_sinks).nonzero(as_tuple=True)
+            padding = torch.tensor(pads, device="cpu")[:, None]
+            tokens = torch.arange(first - number, 0, device="cpu") + latest - window.recent - padding
+            rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
             slots = window.slots(tokens[rows, places]).to(keys.device)
             rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
             places = (places + first).to(keys.device)
@@ -1416,9 +1416,14 @@ class SinkCache(Cache):
                 layer.take_back(end, pads)
             else:
                 layer.crop(end - seen)
+        self.forget_unseen_ids()
+        self._plan = None
+
+    def forget_unseen_ids(self) -> None:
+        """Of the last tokens that `generate` was passed, keep those that were seen."""
+        end = self.get_seq_length()
         if self.latest_ids is not None and self.latest_end > end:
             self.latest_ids, self.latest_end = self.latest_ids[:, : end - self.latest_end], end
-        self._plan = None
 
     @property
     def num_removable(self) -> int:
@@ -1440,8 +1445,8 @@ class SinkCache(Cache):
             return min(seen, end)
         latest_first = self.latest_end - self.latest_ids.shape[1]
         start, stop = max(first, latest_first), min(end, seen, self.latest_end)
-        if stop <= start:
-            return min(seen, end) if first >= self.latest_end else 0
+        if stop <= start:  # none of them is known; of what ends before those that are, none can be
+            return 0 if end <= latest_first else min(seen, end)
         known = self.latest_ids[:, start - latest_first : stop - latest_first].to(input_ids.device)
         others = (input_ids[:, start - first : stop - first] != known).any(dim=0).nonzero()
         return start + int(others[0]) if len(others) > 0 else min(seen, end)
@@ -2045,6 +2050,7 @@ def generate(
         cache.static, cache._slots_mask = False, None
         vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
+            cache.forget_unseen_ids()
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
 
 
