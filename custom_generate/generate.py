@@ -2200,8 +2200,9 @@ def _draft(
     What it drafted before and the model did not take is known by its tokens, and taken back first.
     """
     length = input_ids.shape[1]
-    if attention_mask is not None and attention_mask.shape[1] < length:
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
+    padded = attention_mask is not None and attention_mask.shape[1] <= length  # else, of another tokenizer's ids
+    mask = torch.ones_like(input_ids)  # given none, transformers would take a token that it pads with for padding
+    mask[:, : int((attention_mask == 0).sum()) if padded else 0] = 0
     end = min(cache.common_length(input_ids), length - 1)
     if end > max(cache.pads or [0]) and end >= cache.get_seq_length() - cache.num_removable:
         cache.crop(max_length=end)
@@ -2219,7 +2220,7 @@ def _draft(
         assistant,
         past_key_values=cache,
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=mask,
         max_new_tokens=most,
         **kwargs,
     )
