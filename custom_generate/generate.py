@@ -120,6 +120,16 @@ def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.d
         kwargs["cache_position"] = torch.arange(start, end, device=device)
 
 
+def _is_synced(model: PreTrainedModel, synced_gpus: Optional[bool]) -> bool:
+    """Whether `generate` will keep the ranks of a distributed model in step, by the rule that it has itself."""
+    if synced_gpus is not None:
+        return bool(synced_gpus)
+    utils, distributed = transformers.generation.utils, torch.distributed
+    sharded = utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model)
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return sharded and several
+
+
 def _query_length(sizes: "torch.Tensor | int") -> int:
     """What `get_mask_sizes` is told of the new tokens: their positions until 5.3, their number later."""
     return sizes.shape[0] if isinstance(sizes, torch.Tensor) else sizes
@@ -1348,11 +1358,16 @@ GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 def _streaming(
-    model: PreTrainedModel, cache: SinkCache, left_out: int, prefill_chunk_size: Optional[int], prefill_progress: bool
+    model: PreTrainedModel,
+    cache: SinkCache,
+    left_out: int,
+    prefill_chunk_size: Optional[int],
+    prefill_progress: bool,
+    synced: bool,
 ) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
 
-    The ids of the call leave out the first `left_out` columns of the conversation.
+    The ids of the call leave out the first `left_out` columns of the conversation. `synced` is for a `SyncedRank`.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
@@ -1389,8 +1404,11 @@ def _streaming(
         chunks = _chunks(cache, _new_tokens(inputs).shape[1], prefill_chunk_size)
         _refuse_media(inputs, chunks)
         _refuse_other_positions(cache, inputs.get("position_ids"))
+        idle_passes = rank.idle_passes(len(chunks), input_ids.device) if rank else 0
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
+        for _ in range(idle_passes):
+            stand_in(**rank.idle_inputs(input_ids), return_dict=True)
         return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
 
     def update_model_kwargs(*args, **kwargs) -> dict[str, Any]:
@@ -1429,7 +1447,74 @@ def _streaming(
     stand_in._update_model_kwargs_for_generation = update_model_kwargs
     stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
     stand_in.get_compiled_call = get_compiled_call
+    rank = SyncedRank(stand_in) if synced else None
     return stand_in
+
+
+class SyncedRank:
+    """One of several processes that generate with one distributed model, each its own text (`synced_gpus`).
+
+    FSDP and DeepSpeed ZeRO-3 collect a layer's weights from all ranks whenever it runs, so all ranks must run as many
+    forward passes. A rank that has no more to do runs *idle* ones until all are finished: one token for each row, with
+    a cache that is thrown away. By itself transformers has it go on in its own cache, with tokens that were seen.
+
+    Args:
+        stand_in: the rank's model for one call of `generate`. Its methods are replaced by those that know idle passes.
+    """
+
+    def __init__(self, stand_in: PreTrainedModel):
+        self.stand_in = stand_in
+        self.finished = False  # whether this rank only waits for others
+        self._has_unfinished_sequences = stand_in._has_unfinished_sequences
+        self._get_compiled_call = stand_in.get_compiled_call
+        stand_in._has_unfinished_sequences = self.has_unfinished_sequences
+        stand_in.get_compiled_call = self.get_compiled_call
+        stand_in.prepare_inputs_for_generation = self._unless_finished(
+            stand_in.prepare_inputs_for_generation, self.idle_inputs
+        )
+        stand_in._update_model_kwargs_for_generation = self._unless_finished(
+            stand_in._update_model_kwargs_for_generation, self.same_model_kwargs
+        )
+
+    def _unless_finished(self, method: Callable, idle: Callable) -> Callable:
+        """`method`, or `idle` in its place once this rank is finished."""
+
+        @functools.wraps(method)  # transformers looks up the arguments that it takes
+        def call(*args, **kwargs) -> Any:
+            return idle(*args, **kwargs) if self.finished else method(*args, **kwargs)
+
+        return call
+
+    def has_unfinished_sequences(self, this_peer_finished: "torch.Tensor | bool", *args, **kwargs) -> bool:
+        """As ever: whether any rank has to go on. That is when this one may be finished before others."""
+        unfinished = self._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
+        self.finished = unfinished and bool(this_peer_finished)
+        return unfinished
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """As ever, but idle passes are not compiled: their cache grows by itself."""
+        return self._unless_finished(self._get_compiled_call(compile_config), self.stand_in.__call__)
+
+    def idle_inputs(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        """The model's inputs for an idle pass of as many rows as `input_ids`: its output means nothing."""
+        tokens = input_ids.new_zeros(len(input_ids), 1)
+        cache = _own_cache(self.stand_in.config)
+        return {
+            "input_ids": tokens,
+            "position_ids": torch.zeros_like(tokens),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def same_model_kwargs(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> dict[str, Any]:
+        """After an idle pass nothing has changed."""
+        return model_kwargs
+
+    def idle_passes(self, passes: int, device: torch.device) -> int:
+        """How many idle passes this rank adds to the `passes` of its prompt, so that it has as many as any other."""
+        most = torch.tensor(passes, device=device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return int(most) - passes
 
 
 def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
@@ -1665,7 +1750,8 @@ def generate(
     _refuse_other_columns(cache, columns, start)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     cache.bind(model)
-    stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress)
+    synced = _is_synced(model, kwargs.get("synced_gpus"))
+    stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress, synced)
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None}
