@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -762,6 +763,16 @@ class _ModelReference(weakref.ref):
         return type(None), ()
 
 
+class Call:
+    """A call of `generate`, in the thread that makes it: a cache is in use by one at a time."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+
+_claiming = threading.Lock()  # held while a call takes a cache into use
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -814,10 +825,43 @@ class SinkCache(Cache):
         self._rotations: list[Optional[Rotation]] = []
         self._resumes = self._counts = True
         self._new_layers: list = []  # what `layers` are before the first token
+        self._call: Optional[Call] = None  # the one that this cache is in use by
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_other_thread()  # of which a copy would have half a step
+        return vars(self) | {"_call": None}
+
+    def _take_into_use(self, call: Call) -> None:
+        """Keep this cache for `call` alone until `_give_back`; raise if it is in use."""
+        with _claiming:
+            if self._call is None:
+                self._call = call
+        if self._call is not call:
+            self._refuse_use()
+
+    def _give_back(self, call: Call) -> None:
+        """The end of `call`: if it was this that the cache was in use by, it is free again."""
+        if self._call is call:
+            self._call = None
+
+    def _refuse_other_thread(self) -> None:
+        """Raise if a call of `generate` has this cache in use, in another thread than this one."""
+        if torch.compiler.is_compiling():  # in a call's own thread, and compiled code can't ask for it
+            return
+        call = self._call
+        if call is not None and call.thread != threading.get_ident():
+            self._refuse_use()
+
+    def _refuse_use(self) -> None:
+        raise ValueError(
+            "The `SinkCache` in `past_key_values` is in use by another call of `generate`, which goes on. Wait until "
+            "that has ended, or use a cache for each call."
+        )
 
     def reset(self) -> None:
         """Forget all tokens; a bound cache stays bound."""
+        self._refuse_other_thread()
         self.layers = copy.deepcopy(self._new_layers)
         self.static = False  # whether compiled code writes the next token
         self._slots_mask: Optional[torch.Tensor] = None
@@ -845,6 +889,7 @@ class SinkCache(Cache):
         bound_to = None if self._model is None else self._model()
         if bound_to is model:
             return self
+        self._refuse_other_thread()
         if bound_to is not None:
             raise ValueError(
                 "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean nothing to "
@@ -931,6 +976,7 @@ class SinkCache(Cache):
             ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
                 one was called without its `prepare_inputs` where it needs them.
         """
+        self._refuse_other_thread()
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
         layer = self.layers[layer_idx]
@@ -985,6 +1031,7 @@ class SinkCache(Cache):
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
             )
+        self._refuse_other_thread()
         self._refuse_half_a_step()
         start, (batch_size, length) = self.get_seq_length(), input_ids.shape
         needed = [batch_size, start + length]
@@ -1084,6 +1131,7 @@ class SinkCache(Cache):
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
         """The number of keys that `update` will return, and the column that the first of them counts as."""
+        self._refuse_other_thread()
         stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
         if not self.is_bound:
             return (min(stored + length, self.window_length) if stored else length), 0
@@ -1099,6 +1147,7 @@ class SinkCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
+        self._refuse_other_thread()
         for ring in self._rings:
             ring.reorder(indices)
         for layer in self.layers:
@@ -1135,6 +1184,7 @@ class SinkCache(Cache):
             ValueError: a token was evicted, or a row would be left without one, or the cache is not bound. Nothing is
                 lost then.
         """
+        self._refuse_other_thread()
         seen = self.get_seq_length()
         kept = max_length if max_length >= 0 else seen + max_length
         if kept >= seen > 0:
@@ -1166,6 +1216,7 @@ class SinkCache(Cache):
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        self._refuse_other_thread()
         self._refuse_half_a_step()
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.move_sinks([0])
@@ -1746,6 +1797,17 @@ def generate(
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
         _refuse_cache(cache, window)
+    call = Call()
+    try:
+        cache._take_into_use(call)
+        return _generate(model, cache, prefill_progress, kwargs)
+    finally:
+        cache._give_back(call)
+
+
+def _generate(model: PreTrainedModel, cache: SinkCache, prefill_progress: bool, kwargs: dict[str, Any]) -> Any:
+    """`generate` in a cache that is in use by this call alone; `kwargs` are the other arguments."""
+    cache._refuse_half_a_step()
     columns, left_out, start = _columns(kwargs)
     _refuse_other_columns(cache, columns, start)
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
@@ -1938,7 +2000,7 @@ def _refuse_layers(model: PreTrainedModel) -> None:
 
 
 def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless `past_key_values` is a `SinkCache` in good order, and with the window that was named."""
+    """Raise unless `past_key_values` is a `SinkCache`, and with the window that was named."""
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
     if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
         raise TypeError(
@@ -1951,4 +2013,3 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    past_key_values._refuse_half_a_step()
