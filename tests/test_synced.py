@@ -87,6 +87,18 @@ def test_a_prompt_goes_in_by_as_many_passes_as_the_longest(monkeypatch):
     assert torch.equal(tokens, expected)
 
 
+def test_a_sharded_model_is_kept_in_step_without_being_asked(monkeypatch):
+    model = small_model()
+    expected = generate(model, 16, 4, input_ids=prompt(30), max_new_tokens=8, do_sample=False)
+    model._is_fsdp_managed_module = True
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    passes = count_passes(model)
+    Others(monkeypatch, steps=20, prompt_passes=9)
+    tokens = generate(model, 16, 4, input_ids=prompt(30), max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, expected) and len(passes) == 9 + 7 + 20 - 8
+
+
 def test_ranks_without_a_process_group_fail_before_a_forward_pass():
     model, cache = small_model(), SinkCache(16, 4)
     cache.bind(model)
