@@ -3,20 +3,27 @@
 The cache keeps the first `num_sink_tokens` tokens of a sequence and its latest `window_length - num_sink_tokens`.
 From top to bottom: what differs between releases of transformers; how a model turns its keys with their position
 (`Rotation`); which tokens one update keeps and attends to (`Step`); where equal layers keep them (`Ring`), and what one
-layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); what
-the model is given for a step (`_streaming`); and `generate`, which ties them together.
+layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); the
+file of a conversation; what the model is given for a step (`_streaming`); and `generate`, which ties them together.
 
 Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the pairs of dimensions that RoPE turns.
 """
 
+import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import inspect
 import itertools
 import json
 import os
+import shutil
+import stat
+import tempfile
+import threading
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -26,6 +33,11 @@ import safetensors.torch
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Releases of transformers, 4.52 to 5.23: all that differs between them stands here
@@ -127,6 +139,16 @@ def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.d
     """Set right which columns come next: until 5.3 `generate` counts them, wrongly where it gets new tokens only."""
     if "cache_position" in kwargs:
         kwargs["cache_position"] = torch.arange(start, end, device=device)
+
+
+def _is_synced(model: PreTrainedModel, synced_gpus: Optional[bool]) -> bool:
+    """Whether `generate` will keep the ranks of a distributed model in step, by the rule that it has itself."""
+    if synced_gpus is not None:
+        return bool(synced_gpus)
+    utils, distributed = transformers.generation.utils, torch.distributed
+    sharded = utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model)
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return sharded and several
 
 
 def _query_length(sizes: "torch.Tensor | int") -> int:
@@ -943,6 +965,16 @@ class _ModelReference(weakref.ref):
         return type(None), ()
 
 
+class Call:
+    """A call of `generate`, in the thread that makes it: a cache is in use by one at a time."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+
+_claiming = threading.Lock()  # held while a call takes a cache into use
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -995,10 +1027,43 @@ class SinkCache(Cache):
         self._rotations: list[Optional[Rotation]] = []
         self._resumes = self._counts = True
         self._new_layers: list = []  # what `layers` are before the first token
+        self._call: Optional[Call] = None  # the one that this cache is in use by
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_other_thread()  # of which a copy would have half a step
+        return vars(self) | {"_call": None}
+
+    def _take_into_use(self, call: Call) -> None:
+        """Keep this cache for `call` alone until `_give_back`; raise if it is in use."""
+        with _claiming:
+            if self._call is None:
+                self._call = call
+        if self._call is not call:
+            self._refuse_use()
+
+    def _give_back(self, call: Call) -> None:
+        """The end of `call`: if it was this that the cache was in use by, it is free again."""
+        if self._call is call:
+            self._call = None
+
+    def _refuse_other_thread(self) -> None:
+        """Raise if a call of `generate` has this cache in use, in another thread than this one."""
+        if torch.compiler.is_compiling():  # in a call's own thread, and compiled code can't ask for it
+            return
+        call = self._call
+        if call is not None and call.thread != threading.get_ident():
+            self._refuse_use()
+
+    def _refuse_use(self) -> None:
+        raise ValueError(
+            "The `SinkCache` in `past_key_values` is in use by another call of `generate`, which goes on. Wait until "
+            "that has ended, or use a cache for each call."
+        )
 
     def reset(self) -> None:
         """Forget all tokens; a bound cache stays bound."""
+        self._refuse_other_thread()
         self.layers = copy.deepcopy(self._new_layers)
         self.static = False  # whether compiled code writes the next token
         self._slots_mask: Optional[torch.Tensor] = None
@@ -1027,6 +1092,7 @@ class SinkCache(Cache):
         bound_to = None if self._model is None else self._model()
         if bound_to is model:
             return self
+        self._refuse_other_thread()
         if bound_to is not None:
             raise ValueError(
                 "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean nothing to "
@@ -1142,6 +1208,7 @@ class SinkCache(Cache):
             ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
                 one was called without its `prepare_inputs` where it needs them.
         """
+        self._refuse_other_thread()
         if not self.is_bound:
             return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
         layer = self.layers[layer_idx]
@@ -1198,6 +1265,7 @@ class SinkCache(Cache):
             raise ValueError(
                 "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
             )
+        self._refuse_other_thread()
         self.settle()
         start, (batch_size, length) = self.get_seq_length(), input_ids.shape
         needed = [batch_size, start + length]
@@ -1318,6 +1386,7 @@ class SinkCache(Cache):
 
     def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
         """The number of keys that `update` will return, and the column that the first of them counts as."""
+        self._refuse_other_thread()
         stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
         if not self.is_bound:
             return (min(stored + length, self.window_length) if stored else length), 0
@@ -1333,6 +1402,7 @@ class SinkCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
+        self._refuse_other_thread()
         for ring in self._rings:
             ring.reorder(indices)
         for layer in self.layers:
@@ -1375,6 +1445,7 @@ class SinkCache(Cache):
             ValueError: what the tokens evicted is gone, a row would be left without a token, or the cache is not bound
                 or has layers that can't take tokens back. Nothing is lost then.
         """
+        self._refuse_other_thread()
         if tokens is not None or len(named) != 1 or not named.keys() <= {"tokens_to_remove", "max_length"}:
             if tokens is None or named:
                 raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
@@ -1477,46 +1548,77 @@ class SinkCache(Cache):
     def save(self, path: Union[str, os.PathLike]) -> None:
         """Write the conversation held to one safetensors file, from which `load` goes on in any process.
 
+        A file that is there is replaced at once, by one of the same mode: whatever ends this, also a kill, either the
+        old conversation is there or the new one. What a kill leaves beside it, a folder `.sink_cache-*`, the next
+        `save` in the same folder removes.
+
         Raises:
-            ValueError: the cache is not bound, empty, or was left in the middle of a forward pass by an error.
+            ValueError: the cache is not bound, empty, in use, holds numbers that are not finite, or was left in the
+                middle of a forward pass by an error.
             OSError: `path` can't be written.
         """
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        self._refuse_other_thread()
         self.settle()
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.place_sinks([0])
-        tensors = {"fingerprint": self._fingerprint}
-        if self.latest_ids is not None:
+        tensors, seen = {"fingerprint": self._fingerprint}, self.get_seq_length()
+        self.forget_unseen_ids()
+        if self.latest_ids is not None and self.latest_ids.numel() > 0:
             tensors["latest_ids"] = self.latest_ids
         for layer_idx, layer in enumerate(self.layers):
             tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in _tensors(layer).items()}
-        state = {name: getattr(self, name) for name in SAVED_STATE}
-        state["seen"] = self.get_seq_length()
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            safetensors.torch.save_file(tensors, path, metadata={"sink_cache": json.dumps(state)})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"`path` can't be written, got {os.fspath(path)!r}: {error}") from error
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if not _is_finite(tensor):
+                raise ValueError(f"The `SinkCache` can't be saved: its {name!r} holds numbers that are not finite.")
+        state = {
+            "version": FORMAT_VERSION,
+            "window_length": self.window_length,
+            "num_sink_tokens": self.num_sink_tokens,
+            "seen": seen,
+            "pads": self.pads or [0],
+            "padding_known": self.pads is not None,
+            "offsets": self.offsets,
+            "has_evicted": self.has_evicted,
+            "latest_end": self.latest_end if "latest_ids" in tensors else 0,
+        }
+        state["checksum"] = _checksum(state, tensors)
+        _write_file(path, tensors, {"sink_cache": json.dumps(state)})
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
         """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
 
+        `model` is run on a few tokens, for what its layers hold; nothing is changed on it.
+
         Raises:
-            ValueError: `path` is no such file, or of a conversation with another model.
+            ValueError: `path` is no such file, or a damaged one, of a newer format, or of a conversation with another
+                model. It names the path, and says which it is.
             OSError: `path` can't be read.
         """
+        state, tensors = _read_file(path)
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                state = json.loads((file.metadata() or {})["sink_cache"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (safetensors.SafetensorError, KeyError) as error:
-            raise ValueError(f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}.") from error
-        cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-        _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
-        cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
-        cache.has_evicted = state["has_evicted"]
+            state = _checked_state(state, tensors)
+            _refuse_damaged_ids(state, tensors.get("latest_ids"))
+            fingerprint = tensors.get("fingerprint")
+            _require(
+                fingerprint is not None and fingerprint.dtype == torch.float32 and _is_finite(fingerprint),
+                "its `fingerprint` must be there, in float32, and finite",
+            )
+            cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
+            _refuse_other_model(cache._fingerprint, fingerprint)
+            _refuse_damaged_layers(state, tensors, _layout(cache), cache.layers)
+            _require(
+                state.get("checksum") in (None, _checksum(state, tensors)),
+                "something in it was changed after it was written: its checksum is another",
+            )
+        except ValueError as error:
+            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
+        cache.pads = state["pads"] if state["padding_known"] else None
+        cache.offsets, cache.latest_end = state["offsets"], state["latest_end"]
+        cache.has_evicted = state.get("has_evicted", True)
         cache.latest_ids = tensors.get("latest_ids")
         for layer_idx, layer in enumerate(cache.layers):
             held = {}
@@ -1578,10 +1680,6 @@ def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
             layer.update_conv_state(tensor, int(state_idx))
         elif kind == "recurrent_states":
             layer.update_recurrent_state(tensor, int(state_idx))
-
-
-# What `SinkCache.save` writes of the cache, beside its layers.
-SAVED_STATE = ("window_length", "num_sink_tokens", "pads", "offsets", "has_evicted", "latest_end")
 
 
 class UnboundLayers:
@@ -1664,6 +1762,263 @@ class UnboundLayers:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The file of a conversation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A safetensors file with `keys.0`, `values.0`, ... of the layers, the model's `fingerprint`, and the `latest_ids`, if
+# any are known. Its metadata has one entry, `sink_cache`: the state of the cache, a JSON object with these fields.
+FORMAT_VERSION = 1
+SAVED_NUMBERS = ("version", "window_length", "num_sink_tokens", "seen", "latest_end", "checksum")
+SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets"}
+# Until there were versions, a file had neither of these two.
+FIELDS_OF_VERSIONS = {"version", "checksum"}
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; `isfinite` would make copies of it."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
+    """CRC-32 of a conversation: of its state, but for the checksum, and of its tensors."""
+    fields = {name: value for name, value in state.items() if name != "checksum"}
+    checksum = zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+def _write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in a folder of its own, then put it in the place of the file at `path`, if there is one.
+
+    By itself safetensors writes over that file, which a kill would lose. From 0.8 on it replaces the file, but with one
+    of another mode, and a symbolic link too; and a kill leaves files beside it.
+
+    Raises:
+        OSError: it can't be written; `path` is as it was.
+    """
+    target = os.path.realpath(path)
+    try:
+        old = os.stat(target) if os.path.exists(target) else None
+        if old is not None and not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        if old is not None and not os.access(target, os.W_OK):
+            raise OSError(errno.EACCES, "it is write-protected")
+        with _folder_beside(target) as folder:
+            written = os.path.join(folder, "conversation")
+            with open(written, "wb") as file:  # which has the mode of a new file
+                mode = os.fstat(file.fileno()).st_mode if old is None else old.st_mode
+            safetensors.torch.save_file(tensors, written, metadata)
+            with open(written, "rb+") as file:
+                os.fsync(file.fileno())
+            if old is not None and hasattr(os, "chown"):
+                for owner in ((old.st_uid, -1), (-1, old.st_gid)):
+                    with contextlib.suppress(OSError):  # not everyone may give files away
+                        os.chown(written, *owner)
+            os.chmod(written, stat.S_IMODE(mode))
+            os.replace(written, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"`path` can't be written, got {os.fspath(path)!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _folder_beside(path: str) -> Iterator[str]:
+    """A new folder beside `path`, for as long as the block takes.
+
+    If a kill ends the block, the folder stays until this is called again, which knows it by its lock: nobody holds it.
+    """
+    parent, prefix = os.path.dirname(path), ".sink_cache-"
+    with contextlib.suppress(OSError):  # what can't be removed may stay
+        for name in os.listdir(parent):
+            left = os.path.join(parent, name)
+            lock = _lock(left, wait=False) if name.startswith(prefix) else None
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                _unlock(lock)
+    while True:
+        folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        lock = _lock(folder, wait=True)
+        if os.path.exists(folder):  # and was not taken for one that was left, before it was locked
+            break
+        _unlock(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def _lock(folder: str, wait: bool) -> Optional[int]:
+    """The file descriptor that locks a folder until it is closed; None if it can't be had, at once or with a `wait`."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        _unlock(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: Optional[int]) -> None:
+    """Give back what `_lock` returned."""
+    if lock is not None:
+        os.close(lock)
+
+
+def _require(holds: bool, reason: str) -> None:
+    """Raise a ValueError that gives this reason unless `holds`."""
+    if not holds:
+        raise ValueError(reason)
+
+
+def _read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
+    """The state (JSON) and the tensors that `SinkCache.save` wrote to `path`.
+
+    Raises:
+        ValueError: it is another file, or not a whole one.
+        OSError: it can't be read.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            state = (file.metadata() or {}).get("sink_cache")
+            _require(state is not None, "its metadata has no entry `sink_cache`")
+            # Copied, or the file could not be removed as long as they are there.
+            return state, {name: file.get_tensor(name).clone() for name in file.keys()}
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, or of a torch that doesn't know a dtype
+        raise ValueError(
+            f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}: {error}"
+        ) from error
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value out of JSON is an int of at least 0; true and false are none."""
+    return type(value) is int and value >= 0
+
+
+def _checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The state in a file's metadata, if there is nothing wrong with it.
+
+    Raises:
+        ValueError: there is; it says what.
+    """
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata is no JSON: {error}") from error
+    _require(isinstance(state, dict), "its metadata is no JSON object")
+    for name in SAVED_NUMBERS:
+        value = state.get(name, 0)
+        _require(_is_count(value), f"its `{name}` must be an int of at least 0, got {value!r}")
+    version, needed = state.get("version", FORMAT_VERSION), SAVED_FIELDS
+    _require(
+        version <= FORMAT_VERSION,
+        f"its format has version {version}, newer than the version {FORMAT_VERSION} that is known here. Load it with "
+        "the `SinkCache` that wrote it, or a later one",
+    )
+    if not FIELDS_OF_VERSIONS & state.keys():
+        needed = SAVED_FIELDS - FIELDS_OF_VERSIONS
+        state = {**state, "pads": state.get("pads") or [0], "padding_known": state.get("pads") is not None}
+    missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - needed)
+    _require(not missing, f"its metadata lacks {', '.join(missing)}")
+    _require(not unknown, f"its metadata has entries that are not known here: {', '.join(unknown)}")
+
+    window_length, num_sink_tokens, seen = (state[name] for name in ("window_length", "num_sink_tokens", "seen"))
+    _require(
+        num_sink_tokens < window_length,
+        f"its `num_sink_tokens` must be less than its `window_length`, got {num_sink_tokens} and {window_length}",
+    )
+    slots = {tensor.shape[2] for name, tensor in tensors.items() if name.startswith("keys.") and tensor.dim() == 4}
+    _require(window_length in slots, f"its `window_length` is {window_length}, but no layer's keys have as many slots")
+    _require(seen > 0, "its `seen` must be at least 1, got 0")
+    for name in ("pads", "offsets"):
+        counts = state[name]
+        _require(
+            isinstance(counts, list) and len(counts) > 0 and all(map(_is_count, counts)),
+            f"its `{name}` must be a list of ints of at least 0, got {counts!r}",
+        )
+    pads, offsets, known = state["pads"], state["offsets"], state["padding_known"]
+    _require(len(pads) == len(offsets), f"its `pads` and `offsets` must be as many, got {pads} and {offsets}")
+    for pad, offset in zip(pads, offsets):
+        _require(pad < seen, f"its `pads` must leave a token of the {seen} seen, got {pad}")
+        _require(pad + offset <= seen, f"its `offsets` must be at most the tokens of the row, got {offset}")
+    _require(isinstance(known, bool), f"its `padding_known` must be true or false, got {known!r}")
+    _require(known or pads == [0], f"its `pads` must be [0] where `padding_known` is false, got {pads}")
+    return state
+
+
+def _refuse_damaged_ids(state: dict[str, Any], ids: Optional[torch.Tensor]) -> None:
+    """Raise unless the `latest_ids` of a file go with its state: int64 `[batch, columns]`, None if none are known."""
+    end, seen = state["latest_end"], state["seen"]
+    _require(end <= seen, f"its `latest_end` must be at most its `seen`, got {end} and {seen}")
+    _require(
+        (ids is None) == (end == 0),
+        f"its `latest_end` is {end}, and `latest_ids` are {'in' if end == 0 else 'not in'} it",
+    )
+    if ids is not None:
+        _require(
+            ids.dtype == torch.int64 and ids.dim() == 2 and 0 < ids.shape[1] <= end and bool((ids >= 0).all()),
+            f"its `latest_ids` must be int64 [batch, 1 to {end}], and not negative, got {ids.dtype} {list(ids.shape)}",
+        )
+
+
+@torch.no_grad()
+def _layout(cache: SinkCache) -> list[dict[str, torch.Size]]:
+    """The names and shapes of what each layer of a new, bound cache holds after one token, which it forgets again."""
+    model = cache._model()
+    model(**cache.prepare_inputs(_some_tokens(model, 1)[:1]), use_cache=True)
+    layout = [{name: tensor.shape for name, tensor in _tensors(layer).items()} for layer in cache.layers]
+    cache.reset()
+    return layout
+
+
+def _refuse_damaged_layers(
+    state: dict[str, Any], tensors: dict[str, torch.Tensor], layout: list[dict[str, torch.Size]], layers: list
+) -> None:
+    """Raise unless the `tensors` of a file are what `layers` of such a `layout` hold in such a `state`."""
+    expected: dict[str, Optional[torch.Size]] = {}
+    for layer_idx, shapes in enumerate(layout):
+        expected |= {f"{name}.{layer_idx}": shape for name, shape in shapes.items()}
+        media = [f"{name}.{layer_idx}" for name in ("keys", "values")]
+        if not shapes and not tensors.keys().isdisjoint(media):  # a layer for images, and there were some
+            expected |= dict.fromkeys(media)
+    held = tensors.keys() - {"fingerprint", "latest_ids"}
+    missing, unknown = sorted(expected.keys() - held), sorted(held - expected.keys())
+    _require(not missing, f"it lacks {', '.join(missing)}")
+    _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
+
+    rows = {name: len(tensor) if tensor.dim() > 0 else 0 for name, tensor in tensors.items() if name != "fingerprint"}
+    _require(len({*rows.values()}) == 1, f"its tensors must be of as many rows, got {rows}")
+    batch_size = next(iter(rows.values()))
+    num_pads = len(state["pads"])
+    _require(
+        num_pads in (1, batch_size), f"its `pads` must be one, or one for each of {batch_size} rows, got {num_pads}"
+    )
+    for name, shape in expected.items():
+        tensor, (part, _, layer_idx) = tensors[name], name.rpartition(".")
+        _require(tensor.dtype in FLOATS, f"its {name} must be floats, got {tensor.dtype}")
+        _require(_is_finite(tensor), f"its {name} holds numbers that are not finite")
+        if shape is None:
+            _require(tensor.dim() == 4, f"its {name} must have 4 dimensions, got {tensor.dim()}")
+            continue
+        needed, reach = [batch_size, *shape[1:]], getattr(layers[int(layer_idx)], "sliding_window", None)
+        if part in ("keys", "values") and reach is not None and tensor.dim() == 4:
+            # It keeps as many of the latest tokens as the next one sees, and may have been asked to keep more.
+            needed[2] = max(min(state["seen"], reach - 1), min(tensor.shape[2], state["seen"]))
+        _require(
+            list(tensor.shape) == needed,
+            f"its {name} must be {needed} for this model and window, got {list(tensor.shape)}",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the model is given
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1689,10 +2044,12 @@ def _streaming(
     left_out: int,
     prefill_chunk_size: Optional[int],
     prefill_progress: bool,
+    synced: bool,
 ) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
 
-    The conversation has `columns`, of which the ids of the call leave out the first `left_out`.
+    The conversation has `columns`, of which the ids of the call leave out the first `left_out`. `synced` is for a
+    `SyncedRank`.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
@@ -1730,10 +2087,13 @@ def _streaming(
         chunks = _chunks(model, cache, _new_tokens(inputs).shape[1], prefill_chunk_size, least_last=end - columns + 1)
         _refuse_media(inputs, chunks)
         _refuse_other_positions(cache, inputs.get("position_ids"))
+        idle_passes = rank.idle_passes(len(chunks), input_ids.device) if rank else 0
         recording = cache.record_past
         cache.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
         for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
             stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
+        for _ in range(idle_passes):
+            stand_in(**rank.idle_inputs(input_ids), return_dict=True)
         cache.record_past = recording
         return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
 
@@ -1773,7 +2133,74 @@ def _streaming(
     stand_in._update_model_kwargs_for_generation = update_model_kwargs
     stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
     stand_in.get_compiled_call = get_compiled_call
+    rank = SyncedRank(stand_in) if synced else None
     return stand_in
+
+
+class SyncedRank:
+    """One of several processes that generate with one distributed model, each its own text (`synced_gpus`).
+
+    FSDP and DeepSpeed ZeRO-3 collect a layer's weights from all ranks whenever it runs, so all ranks must run as many
+    forward passes. A rank that has no more to do runs *idle* ones until all are finished: one token for each row, with
+    a cache that is thrown away. By itself transformers has it go on in its own cache, with tokens that were seen.
+
+    Args:
+        stand_in: the rank's model for one call of `generate`. Its methods are replaced by those that know idle passes.
+    """
+
+    def __init__(self, stand_in: PreTrainedModel):
+        self.stand_in = stand_in
+        self.finished = False  # whether this rank only waits for others
+        self._has_unfinished_sequences = stand_in._has_unfinished_sequences
+        self._get_compiled_call = stand_in.get_compiled_call
+        stand_in._has_unfinished_sequences = self.has_unfinished_sequences
+        stand_in.get_compiled_call = self.get_compiled_call
+        stand_in.prepare_inputs_for_generation = self._unless_finished(
+            stand_in.prepare_inputs_for_generation, self.idle_inputs
+        )
+        stand_in._update_model_kwargs_for_generation = self._unless_finished(
+            stand_in._update_model_kwargs_for_generation, self.same_model_kwargs
+        )
+
+    def _unless_finished(self, method: Callable, idle: Callable) -> Callable:
+        """`method`, or `idle` in its place once this rank is finished."""
+
+        @functools.wraps(method)  # transformers looks up the arguments that it takes
+        def call(*args, **kwargs) -> Any:
+            return idle(*args, **kwargs) if self.finished else method(*args, **kwargs)
+
+        return call
+
+    def has_unfinished_sequences(self, this_peer_finished: "torch.Tensor | bool", *args, **kwargs) -> bool:
+        """As ever: whether any rank has to go on. That is when this one may be finished before others."""
+        unfinished = self._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
+        self.finished = unfinished and bool(this_peer_finished)
+        return unfinished
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """As ever, but idle passes are not compiled: their cache grows by itself."""
+        return self._unless_finished(self._get_compiled_call(compile_config), self.stand_in.__call__)
+
+    def idle_inputs(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        """The model's inputs for an idle pass of as many rows as `input_ids`: its output means nothing."""
+        tokens = input_ids.new_zeros(len(input_ids), 1)
+        cache = _own_cache(self.stand_in.config)
+        return {
+            "input_ids": tokens,
+            "position_ids": torch.zeros_like(tokens),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def same_model_kwargs(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> dict[str, Any]:
+        """After an idle pass nothing has changed."""
+        return model_kwargs
+
+    def idle_passes(self, passes: int, device: torch.device) -> int:
+        """How many idle passes this rank adds to the `passes` of its prompt, so that it has as many as any other."""
+        most = torch.tensor(passes, device=device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return int(most) - passes
 
 
 def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
@@ -1997,10 +2424,13 @@ def generate(
         kwargs: all that `model.generate` takes. Of special meaning:
             past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
                 error. The conversation so far comes again as `input_ids`, or its new tokens only with the
-                `attention_mask` of all. A new, unbound cache is bound to `model`.
+                `attention_mask` of all. A new, unbound cache is bound to `model`. Until the call ends, no other may use
+                the cache.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. Chunks of one token evict
                 exactly as decoding does. By default a prompt goes in at once as far as the window holds it, and what is
                 beyond in chunks of a quarter of the window: their first tokens see that much less of it.
+            synced_gpus (`bool`): keep the ranks of a distributed model in step, each with a text of its own. All run as
+                many forward passes, also for their prompts; those of a rank that is done leave its cache as it is.
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True`, its `past_key_values` is the `SinkCache`.
@@ -2020,6 +2450,17 @@ def generate(
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
         _refuse_cache(cache, window)
+    call = Call()
+    try:
+        cache._take_into_use(call)
+        return _generate(model, cache, prefill_progress, kwargs)
+    finally:
+        cache._give_back(call)
+
+
+def _generate(model: PreTrainedModel, cache: SinkCache, prefill_progress: bool, kwargs: dict[str, Any]) -> Any:
+    """`generate` in a cache that is in use by this call alone; `kwargs` are the other arguments."""
+    cache.settle()
     columns, left_out, start = _columns(kwargs)
     end = _last_in_common(cache, kwargs, columns, left_out)
     _refuse_other_columns(cache, columns, start, end)
@@ -2032,7 +2473,8 @@ def generate(
     if end < cache.get_seq_length():
         cache.crop(max_length=end)
     lent = _with_its_own_depth(model) if _setting(model, kwargs, "assistant_early_exit") else model
-    stand_in = _streaming(lent, cache, columns, left_out, chunk_size, prefill_progress)
+    synced = _is_synced(model, kwargs.get("synced_gpus"))
+    stand_in = _streaming(lent, cache, columns, left_out, chunk_size, prefill_progress, synced)
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None}
@@ -2347,7 +2789,7 @@ def _refuse_layers(model: PreTrainedModel) -> None:
 
 
 def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless `past_key_values` is a `SinkCache` in good order, and with the window that was named."""
+    """Raise unless `past_key_values` is a `SinkCache`, and with the window that was named."""
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
     if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
         raise TypeError(
@@ -2360,4 +2802,3 @@ def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> Non
                 f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
                 f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
             )
-    past_key_values.settle()

@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
@@ -239,3 +241,25 @@ def test_what_can_not_be_taken_back_is_not_cropped(name):
     cache = stream(hybrid(name), prompt(3), 5).past_key_values
     with pytest.raises(ValueError, match="only if bound to a model with full attention in every layer"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_damaged_file_of_each_kind_of_layer(name, tmp_path):
+    model, cache, path = hybrid(name), SinkCache(16, 4), tmp_path / "conversation"
+    stream(model, prompt(30), max_new_tokens=10, past_key_values=cache)
+    cache.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}
+    window = "no layer's keys have as many slots"  # where no other layer has a sink cache
+    for damaged in tensors.keys() - {"fingerprint", "latest_ids"}:
+        cut = {**tensors, damaged: tensors[damaged][..., 1:].clone()}
+        for others in (cut, {name: tensor for name, tensor in tensors.items() if name != damaged}):
+            safetensors.torch.save_file(others, path, metadata)
+            with pytest.raises(ValueError, match=f"conversation'.* {damaged} must be|lacks {damaged}|{window}"):
+                SinkCache.load(path, model)
+        if damaged.startswith("keys"):  # fewer tokens than a layer keeps, and more than were seen
+            for length in (tensors[damaged].shape[2] - 1, 60):
+                few = tensors[damaged].repeat(1, 1, 8, 1)[:, :, :length].contiguous()
+                safetensors.torch.save_file({**tensors, damaged: few}, path, metadata)
+                with pytest.raises(ValueError, match=f"{damaged} must be|{window}"):
+                    SinkCache.load(path, model)

@@ -1,0 +1,428 @@
+"""Files of conversations: what is wrong with a damaged one is said when it is loaded, and `save` never loses one."""
+
+import json
+import os
+import random
+import re
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from helpers import ROOT, prompt, seeded, small_model
+
+from custom_generate import generate as module
+from custom_generate.generate import FORMAT_VERSION, SinkCache, generate
+
+# --- damage
+
+
+def a_conversation(rows=2, seen=40):
+    """A model, a cache that has seen so many tokens in each row, the first of which has two columns of padding."""
+    model, cache = small_model(max_position_embeddings=20), SinkCache(16, 4)
+    ids, mask = prompt(10, rows), torch.ones(rows, 10, dtype=torch.long)
+    mask[0, :2] = 0
+    settings = dict(max_new_tokens=seen - 9, do_sample=False, pad_token_id=0)
+    generate(model, input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+    return model, cache
+
+
+@pytest.fixture(scope="module")
+def conversation(tmp_path_factory):
+    """A model, and a file of a conversation with it."""
+    model, cache = a_conversation()
+    path = tmp_path_factory.mktemp("conversation") / "conversation.safetensors"
+    cache.save(path)
+    assert cache.get_seq_length() == 40 and cache.pads == [2, 0] and all(cache.offsets)
+    return model, path
+
+
+def read(path):
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        return json.loads(file.metadata()["sink_cache"]), tensors
+
+
+def write(path, state, tensors, checksum=False):
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if checksum:
+        state["checksum"] = module._checksum(state, tensors)
+    text = state if isinstance(state, str) else json.dumps(state)
+    safetensors.torch.save_file(tensors, path, {"sink_cache": text})
+
+
+def refuses(path, model, message):
+    with pytest.raises(ValueError) as refusal:
+        SinkCache.load(path, model)
+    assert str(path) in str(refusal.value) and re.search(message, str(refusal.value)), refusal.value
+
+
+def put(state, **fields):
+    return state.update(fields)
+
+
+def change(tensors, name, function):
+    tensors[name] = function(tensors[name])
+
+
+# What is changed in a file, its checksum set right after it, and what is said of it.
+DAMAGE = {
+    "no layer": (lambda s, t: [t.pop("keys.1"), t.pop("values.1")], "lacks keys.1, values.1"),
+    "no keys": (lambda s, t: t.pop("keys.2"), "lacks keys.2"),
+    "no values": (lambda s, t: t.pop("values.0"), "lacks values.0"),
+    "a layer too many": (lambda s, t: t.update({"keys.3": t["keys.0"].clone()}), "no layers for .* keys.3"),
+    "a name of nothing": (lambda s, t: t.update({"queries.0": t["keys.0"].clone()}), "no layers for .* queries.0"),
+    "no number of a layer": (lambda s, t: t.update({"keys.": t["keys.0"].clone()}), "no layers for .* keys."),
+    "other heads": (
+        lambda s, t: change(t, "keys.1", lambda k: k.repeat(1, 2, 1, 1)),
+        r"keys.1 must be \[2, 2, 16, 16\]",
+    ),
+    "another head size": (lambda s, t: change(t, "values.1", lambda v: v[..., :8]), "values.1 must be .* 8]"),
+    "fewer slots": (lambda s, t: change(t, "keys.0", lambda k: k[:, :, :15]), r"keys.0 must be .*\[2, 2, 15, 16\]"),
+    "three dimensions": (lambda s, t: change(t, "keys.0", lambda k: k[0]), "keys.0 must be"),
+    "no dimensions": (lambda s, t: change(t, "keys.0", lambda k: k[0, 0, 0, 0]), "as many rows"),
+    "fewer rows": (lambda s, t: change(t, "keys.2", lambda k: k[:1]), "as many rows"),
+    "no rows": (lambda s, t: [change(t, n, lambda k: k[:0]) for n in t if n != "fingerprint"], "pads"),
+    "integer keys": (lambda s, t: change(t, "keys.1", lambda k: k.int()), "keys.1 must be floats, got torch.int32"),
+    "8-bit keys": (lambda s, t: change(t, "keys.1", lambda k: k.to(torch.float8_e4m3fn)), "keys.1 must be floats"),
+    "nan": (lambda s, t: t["keys.1"][1, 1, 3].fill_(float("nan")), "keys.1 holds numbers that are not finite"),
+    "infinity": (
+        lambda s, t: t["values.2"][0, 0, 3].fill_(-float("inf")),
+        "values.2 holds numbers that are not finite",
+    ),
+    "no fingerprint": (lambda s, t: t.pop("fingerprint"), "`fingerprint` must be there"),
+    "fingerprint nan": (lambda s, t: t["fingerprint"].fill_(float("nan")), "`fingerprint` must be there.*finite"),
+    "fingerprint integers": (lambda s, t: change(t, "fingerprint", lambda f: f.bool()), "`fingerprint` .* float32"),
+    "fingerprint heads": (lambda s, t: change(t, "fingerprint", lambda f: f[:, :1]), "with another model"),
+    "fingerprint other": (lambda s, t: t["fingerprint"].neg_(), "with another model"),
+    "longer window": (lambda s, t: put(s, window_length=32), "`window_length` is 32, but no layer's keys"),
+    "shorter window": (lambda s, t: put(s, window_length=8), "`window_length` is 8, but no layer's keys"),
+    "a huge window": (lambda s, t: put(s, window_length=10**12), "`window_length` is 1000000000000, but"),
+    "no window": (lambda s, t: put(s, window_length=0), "`num_sink_tokens` must be less"),
+    "window is text": (lambda s, t: put(s, window_length="16"), "`window_length` must be an int.*'16'"),
+    "window is a float": (lambda s, t: put(s, window_length=16.0), "`window_length` must be an int.*16.0"),
+    "too many sinks": (lambda s, t: put(s, num_sink_tokens=16), "`num_sink_tokens` must be less.*16 and 16"),
+    "sinks negative": (lambda s, t: put(s, num_sink_tokens=-1), "`num_sink_tokens` must be an int.*-1"),
+    "sinks true": (lambda s, t: put(s, num_sink_tokens=True), "`num_sink_tokens` must be an int.*True"),
+    "seen negative": (lambda s, t: put(s, seen=-40), "`seen` must be an int of at least 0, got -40"),
+    "seen nothing": (lambda s, t: put(s, seen=0), "`seen` must be at least 1"),
+    "seen a float": (lambda s, t: put(s, seen=40.0), "`seen` must be an int.*40.0"),
+    "seen nan": (lambda s, t: put(s, seen=float("nan")), "`seen` must be an int.*nan"),
+    "seen null": (lambda s, t: put(s, seen=None), "`seen` must be an int.*None"),
+    "seen less than padding": (lambda s, t: put(s, seen=2, latest_end=2), "`pads` must leave a token of the 2 seen"),
+    "pads null": (lambda s, t: put(s, pads=None), "`pads` must be a list.*None"),
+    "pads a number": (lambda s, t: put(s, pads=2), "`pads` must be a list.*2"),
+    "pads empty": (lambda s, t: put(s, pads=[], offsets=[]), r"`pads` must be a list.*\[\]"),
+    "pads negative": (lambda s, t: put(s, pads=[-1, 0]), r"`pads` must be a list.*\[-1, 0\]"),
+    "pads of floats": (lambda s, t: put(s, pads=[2.0, 0.0]), "`pads` must be a list of ints"),
+    "pads of more rows": (lambda s, t: put(s, pads=[2, 0, 0], offsets=[0, 0, 0]), "one for each of 2 rows, got 3"),
+    "pads of fewer rows": (lambda s, t: put(s, pads=[2]), "`pads` and `offsets` must be as many"),
+    "pads of all": (lambda s, t: put(s, pads=[40, 0], offsets=[0, 0]), "`pads` must leave a token of the 40"),
+    "padding known or not": (lambda s, t: put(s, padding_known=1), "`padding_known` must be true or false, got 1"),
+    "padding not known": (lambda s, t: put(s, padding_known=False), r"`pads` must be \[0\] where"),
+    "offsets null": (lambda s, t: put(s, offsets=None), "`offsets` must be a list.*None"),
+    "offsets of one row": (lambda s, t: put(s, offsets=[0]), "`pads` and `offsets` must be as many"),
+    "offsets too far": (lambda s, t: put(s, offsets=[39, 0]), "`offsets` must be at most the tokens.*39"),
+    "latest_end past the end": (lambda s, t: put(s, latest_end=41), "`latest_end` must be at most its `seen`.*41"),
+    "latest_end negative": (lambda s, t: put(s, latest_end=-1), "`latest_end` must be an int.*-1"),
+    "latest_end short": (lambda s, t: put(s, latest_end=5), r"`latest_ids` must be int64 \[batch, 1 to 5\]"),
+    "no latest_ids": (lambda s, t: t.pop("latest_ids"), "`latest_end` is 40, and `latest_ids` are not in it"),
+    "no latest_end": (lambda s, t: put(s, latest_end=0), "`latest_end` is 0, and `latest_ids` are in it"),
+    "latest_ids of one row": (lambda s, t: change(t, "latest_ids", lambda i: i[:1]), "as many rows"),
+    "latest_ids flat": (lambda s, t: change(t, "latest_ids", lambda i: i[:, 0]), "`latest_ids` must be int64"),
+    "latest_ids floats": (lambda s, t: change(t, "latest_ids", lambda i: i.float()), "`latest_ids` must be int64"),
+    "latest_ids negative": (lambda s, t: t["latest_ids"].sub_(300), "`latest_ids` must be.*not negative"),
+    "an entry more": (lambda s, t: put(s, format=2), "entries that are not known here: format"),
+    **{
+        f"lacks {name}": (lambda s, t, name=name: s.pop(name), f"metadata lacks.* {name}")
+        for name in ("version", "window_length", "num_sink_tokens", "seen", "pads", "padding_known", "offsets")
+    },
+    "lacks latest_end": (lambda s, t: s.pop("latest_end"), "metadata lacks latest_end"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(damage, conversation, tmp_path):
+    model, whole = conversation
+    path, (state, tensors) = tmp_path / "damaged", read(whole)
+    damages, message = DAMAGE[damage]
+    damages(state, tensors)
+    write(path, state, tensors, checksum=True)
+    refuses(path, model, message)
+
+
+# What goes with all else in the file, but is not what was written.
+CHANGES = {
+    "num_sink_tokens": lambda s, t: put(s, num_sink_tokens=5),
+    "seen": lambda s, t: put(s, seen=41),
+    "pads": lambda s, t: put(s, pads=[3, 0]),
+    "offsets": lambda s, t: put(s, offsets=[s["offsets"][0] - 1, s["offsets"][1]]),
+    "latest_end": lambda s, t: put(s, latest_end=39),
+    "checksum": lambda s, t: put(s, checksum=s["checksum"] + 1),
+    "a token": lambda s, t: t["latest_ids"][1, 3].add_(1),
+    "a key": lambda s, t: t["keys.2"][1, 1, 9, 3].add_(1e-3),
+    "a dtype": lambda s, t: change(t, "values.0", lambda v: v.double()),
+    "layers exchanged": lambda s, t: t.update({"keys.0": t["keys.1"], "keys.1": t["keys.0"]}),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_change_that_fits_shows_in_the_checksum(changed, conversation, tmp_path):
+    model, whole = conversation
+    path, (state, tensors) = tmp_path / "changed", read(whole)
+    CHANGES[changed](state, tensors)
+    write(path, state, tensors)
+    refuses(path, model, "something in it was changed after it was written")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "16", '"text"', "{}", "[" * 10**5, '{"seen": ' + "9" * 5000 + "}"]
+)
+def test_metadata_of_junk(text, conversation, tmp_path):
+    model, whole = conversation
+    path = tmp_path / "junk"
+    write(path, text, read(whole)[1])
+    refuses(path, model, "its metadata is no JSON|its metadata lacks")
+
+
+def test_a_file_that_was_cut_or_has_other_bytes(conversation, tmp_path):
+    model, whole = conversation
+    path, content = tmp_path / "bytes", whole.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for length in (0, 1, 8, 100, header - 1, header, header + 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        refuses(path, model, "`path` must be a file that `SinkCache.save` wrote")
+    safetensors.torch.save_file(read(whole)[1], path, {"format": "pt"})
+    refuses(path, model, "`path` must be a file that `SinkCache.save` wrote.* its metadata has no entry `sink_cache`")
+    positions = random.Random(0).sample(range(header), 60) + random.Random(0).sample(range(header, len(content)), 20)
+    for position in positions:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        refuses(path, model, "must be a file that|can't be loaded")
+    assert SinkCache.load(whole, model).get_seq_length() == 40
+
+
+def test_a_file_of_a_newer_format(conversation, tmp_path):
+    model, whole = conversation
+    path, (state, tensors) = tmp_path / "newer", read(whole)
+    assert state["version"] == FORMAT_VERSION
+    # It may have other fields and tensors, too.
+    write(path, {"version": FORMAT_VERSION + 1, "columns": 40}, {"states": tensors["keys.0"]})
+    refuses(path, model, f"version {FORMAT_VERSION + 1}, newer than the version {FORMAT_VERSION} that is known here")
+
+
+def next_tokens(model, cache):
+    """What is said next, in a copy."""
+    said = cache.latest_ids[:, -cache.latest_ids.shape[1] :]
+    mask = torch.ones(len(said), cache.get_seq_length() + 3, dtype=torch.long)
+    for row, pad in enumerate(cache.pads or [0]):
+        mask[row, :pad] = 0
+    ids = prompt(3, rows=len(said), seed=5)
+    settings = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    return generate(model, input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+
+
+def test_a_file_from_before_there_were_versions(conversation, tmp_path):
+    model, whole = conversation
+    path, (state, tensors) = tmp_path / "older", read(whole)
+    for name in ("version", "checksum", "padding_known"):
+        del state[name]
+    write(path, state, tensors)
+    older, newer = SinkCache.load(path, model), SinkCache.load(whole, model)
+    assert older.pads == newer.pads == [2, 0]
+    assert torch.equal(next_tokens(model, older), next_tokens(model, newer))
+    write(path, state | {"seen": -1}, tensors)
+    refuses(path, model, "`seen` must be an int of at least 0, got -1")
+
+
+def test_whether_padding_is_known_is_kept(tmp_path):
+    model, cache = small_model(), SinkCache(16, 4)
+    cache.bind(model)
+    with torch.no_grad():
+        model(prompt(5, rows=2), past_key_values=cache)
+    cache.save(tmp_path / "conversation")
+    loaded = SinkCache.load(tmp_path / "conversation", model)
+    assert cache.pads is None and loaded.pads is None and loaded.get_seq_length() == 5
+    with torch.no_grad(), pytest.raises(ValueError, match="can't see whether any of these 2 rows is padded"):
+        for token in range(12):
+            model(prompt(1, rows=2, seed=token), past_key_values=loaded)
+
+
+def test_a_prompt_that_an_error_broke_off(tmp_path):
+    model, cache = small_model(), SinkCache(16, 4)
+    passes = []
+
+    def fail(*args):
+        passes.append(True)
+        if len(passes) == 3:
+            raise RuntimeError("stop")
+
+    hook = model.model.embed_tokens.register_forward_pre_hook(fail) if cache.bind(model) else None
+    settings = dict(input_ids=prompt(60), prefill_chunk_size=8, max_new_tokens=10, do_sample=False)
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(model, past_key_values=cache, **settings)
+    hook.remove()
+    assert cache.get_seq_length() == 16 and cache.latest_end == 60
+    cache.save(tmp_path / "conversation")
+    loaded = SinkCache.load(tmp_path / "conversation", model)
+    assert torch.equal(
+        generate(model, past_key_values=loaded, **settings), generate(model, past_key_values=cache, **settings)
+    )
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    model, cache = a_conversation()
+    path = tmp_path / "conversation"
+    cache.save(path)
+    before = path.read_bytes()
+    cache.layers[1].values[0, 0, 7] = float("inf")
+    with pytest.raises(ValueError, match="can't be saved: its 'values.1' holds numbers that are not finite"):
+        cache.save(path)
+    assert path.read_bytes() == before
+
+
+# --- saving over a file
+
+
+def test_a_new_file_has_the_mode_of_new_files(tmp_path):
+    _, cache = a_conversation()
+    (tmp_path / "other").touch()
+    cache.save(tmp_path / "conversation")
+    assert (tmp_path / "conversation").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["conversation", "other"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666, 0o664])
+def test_mode_and_symbolic_links_are_kept(mode, tmp_path):
+    model, cache = a_conversation()
+    (tmp_path / "elsewhere").mkdir()
+    there, link = tmp_path / "elsewhere/conversation", tmp_path / "link"
+    link.symlink_to("elsewhere/conversation")
+    cache.save(link)  # to where there is nothing yet
+    assert link.is_symlink() and there.is_file()
+    there.chmod(mode)
+    cache.save(link)
+    assert link.is_symlink() and stat.S_IMODE(there.stat().st_mode) == mode
+    assert os.listdir(tmp_path / "elsewhere") == ["conversation"]
+    assert SinkCache.load(link, model).get_seq_length() == 40
+
+
+def test_a_path_from_the_working_folder(tmp_path, monkeypatch):
+    model, cache = a_conversation()
+    monkeypatch.chdir(tmp_path)
+    cache.save("conversation")
+    assert os.listdir(tmp_path) == ["conversation"] and SinkCache.load("conversation", model).get_seq_length() == 40
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+def test_an_error_on_the_way_leaves_the_old_file(error, tmp_path, monkeypatch):
+    _, cache = a_conversation()
+    path = tmp_path / "conversation"
+    cache.save(path)
+    before = path.read_bytes()
+
+    def save_file(tensors, filename, metadata):
+        with open(filename, "wb") as file:
+            file.write(before[:1000])
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(type(error)) as raised:
+        cache.save(path)
+    assert not isinstance(error, OSError) or "`path` can't be written" in str(raised.value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["conversation"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    _, cache = a_conversation()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match=f"`path` can't be written, got '{path}'.*it is no file"):
+            cache.save(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    _, cache = a_conversation()
+    path = tmp_path / "conversation"
+    path.write_text("kept")
+    path.chmod(0o444)
+    if os.geteuid() == 0:  # who may write to any
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(OSError, match="`path` can't be written.*write-protected"):
+        cache.save(path)
+    assert path.read_text() == "kept"
+
+
+def test_what_a_kill_left_is_removed_and_what_is_at_work_is_not(tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="there are no locks of folders on Windows")
+    _, cache = a_conversation()
+    for name in (".sink_cache-left", ".sink_cache-at-work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "conversation").write_text("half")
+    lock = os.open(tmp_path / ".sink_cache-at-work", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    cache.save(tmp_path / "conversation")
+    assert sorted(os.listdir(tmp_path)) == [".sink_cache-at-work", "conversation"]
+    os.close(lock)
+    cache.save(tmp_path / "conversation")
+    assert os.listdir(tmp_path) == ["conversation"]
+
+
+def test_threads_that_save_to_one_path(tmp_path):
+    model = small_model()
+    caches = [SinkCache(16, 4) for _ in range(4)]
+    for number, cache in enumerate(caches):
+        generate(model, input_ids=prompt(30 + number), past_key_values=cache, max_new_tokens=1)
+    path, errors = tmp_path / "conversation", []
+
+    def save(cache):
+        try:
+            for _ in range(10):
+                cache.save(path)
+                assert SinkCache.load(path, model).get_seq_length() in range(30, 34)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=[cache]) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == [] and os.listdir(tmp_path) == ["conversation"]
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_the_old_or_the_new(tmp_path):
+    with seeded():
+        code = f"""if True:
+        import os, random, signal, sys, time
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from helpers import prompt, small_model
+        from test_damaged import SinkCache, generate
+        model, path = small_model(), "conversation"
+        caches = SinkCache(512, 4), SinkCache(512, 4)
+        for length, cache in zip((100, 200), caches):
+            generate(model, input_ids=prompt(length, rows=16), past_key_values=cache, max_new_tokens=1)
+        caches[0].save(path)
+        start = time.perf_counter()
+        caches[1].save(path)
+        takes, found = time.perf_counter() - start, []
+        for part in range(40):
+            child = os.fork()
+            if not child:
+                while True:
+                    for cache in caches:
+                        cache.save(path)
+            time.sleep(random.uniform(0.5, 3) * takes)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            found.append(SinkCache.load(path, model).get_seq_length())
+        caches[0].save(path)
+        print(sorted(set(found)), os.listdir("."))"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
+    assert said.strip().splitlines()[-1] == "[100, 200] ['conversation']"
