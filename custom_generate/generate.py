@@ -109,7 +109,7 @@ def _own_mask(kind: str, model: PreTrainedModel, cache: Cache, attended: torch.T
     states = torch.empty(len(attended), length, 0, dtype=model.dtype, device=attended.device)
     kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
     if "cache_position" in arguments:  # until 5.3
-        kwargs["cache_position"] = torch.arange(attended.shape[1], device=attended.device)[-length:]
+        kwargs["cache_position"] = torch.arange(attended.shape[1], dtype=torch.long, device=attended.device)[-length:]
     config = model.config.get_text_config(decoder=True)
     return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
 
@@ -117,7 +117,7 @@ def _own_mask(kind: str, model: PreTrainedModel, cache: Cache, attended: torch.T
 def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
     """Set right which columns come next: until 5.3 `generate` counts them, wrongly where it gets new tokens only."""
     if "cache_position" in kwargs:
-        kwargs["cache_position"] = torch.arange(start, end, device=device)
+        kwargs["cache_position"] = torch.arange(start, end, dtype=torch.long, device=device)
 
 
 def _query_length(sizes: "torch.Tensor | int") -> int:
@@ -266,7 +266,8 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
-    tokens = torch.tensor([[vocabulary * part // 8] for part in (1, 3, 5, 7)], device=_device(model))
+    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
+    tokens = torch.tensor(tokens, dtype=torch.long, device=_device(model))
     cache = _own_cache(model.config)
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
     return _cached(cache)
@@ -275,7 +276,7 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
 def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Four rows of `length` tokens, int64."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.arange(4 * length, device=_device(model)).view(4, length) % vocabulary
+    return torch.arange(4 * length, dtype=torch.long, device=_device(model)).view(4, length) % vocabulary
 
 
 def _device(model: PreTrainedModel) -> torch.device:
@@ -295,7 +296,7 @@ def _is_relative(model: PreTrainedModel, distance: int) -> bool:
     if distance < 4:
         return True
     tokens = _some_tokens(model, 4)
-    positions = torch.arange(4, device=tokens.device).expand(4, 4)
+    positions = torch.arange(4, dtype=torch.long, device=tokens.device).expand(4, 4)
     here, one_on, there = (
         model(
             input_ids=tokens,
@@ -313,7 +314,7 @@ def _is_relative(model: PreTrainedModel, distance: int) -> bool:
 def _attends_to_a_set(model: PreTrainedModel) -> bool:
     """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
     tokens = _some_tokens(model, 17)
-    positions = torch.arange(17, device=tokens.device).expand(4, -1)
+    positions = torch.arange(17, dtype=torch.long, device=tokens.device).expand(4, -1)
     logits = []
     for reverse in (False, True):
         cache = _own_cache(model.config)
@@ -338,7 +339,7 @@ def _resumes(model: PreTrainedModel) -> bool:
     if not _keeps_states(model):
         return True
     tokens = _some_tokens(model, 9)
-    positions = torch.arange(9, device=tokens.device).expand(4, -1)
+    positions = torch.arange(9, dtype=torch.long, device=tokens.device).expand(4, -1)
     whole, parts = _own_cache(model.config), _own_cache(model.config)
     for cache, part in ((whole, slice(0, 9)), (parts, slice(0, 7)), (parts, slice(7, 9))):
         model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
@@ -500,8 +501,9 @@ class Step:
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
-        kept, new = (torch.tensor(count, device="cpu")[:, None, None] for count in (self.kept, self.new))
-        column = torch.arange(self.num_keys, device="cpu")
+        kept, new = (torch.tensor(count, dtype=torch.long, device="cpu") for count in (self.kept, self.new))
+        kept, new = kept[:, None, None], new[:, None, None]
+        column = torch.arange(self.num_keys, dtype=torch.long, device="cpu")
         if self.length == 1:
             attends = column < kept + new
         else:
@@ -550,12 +552,12 @@ class Ring:
         self.hold(keys, values)
         if self.rotation is not None:
             shape = self._turning(slice(0, self.num_sink_tokens)).shape
-            self.sinks = torch.zeros(shape, device=keys.device)
+            self.sinks = torch.zeros(shape, dtype=torch.float32, device=keys.device)
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
         self.keys, self.values = keys, values
-        self.rows = torch.arange(keys.shape[1], device=keys.device)
+        self.rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
         self.slots = torch.zeros_like(self.rows)
         _write_where_it_is(self.rows, self.slots)
 
@@ -577,7 +579,7 @@ class Ring:
             return
         in_slots = self._turning(slice(0, self.num_sink_tokens))
         if not all(self.shifts):  # those of some rows have not moved yet
-            unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=in_slots.device)
             self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
         in_slots.copy_(self.rotation.turned(self.sinks, shifts))
         self.shifts = shifts
@@ -1026,10 +1028,10 @@ class SinkCache(Cache):
         """
         for ring in self._rings:
             ring.move_sinks(step.shifts)
-            ring.slots.copy_(torch.tensor(step.slots, device="cpu"))
+            ring.slots.copy_(torch.tensor(step.slots, dtype=torch.long, device="cpu"))
         if self._slots_mask is None:
-            held = torch.tensor(step.held, device=device)[:, None]
-            filled = torch.arange(self.window_length, device=device) <= held
+            held = torch.tensor(step.held, dtype=torch.long, device=device)[:, None]
+            filled = torch.arange(self.window_length, dtype=torch.long, device=device) <= held
             self._slots_mask = _additive(filled[:, None, None], dtype)
         elif min(step.held) < self.window_length:
             self._slots_mask[range(len(step.slots)), :, :, step.slots] = 0
@@ -1108,7 +1110,9 @@ class SinkCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.batch_select_indices(
+            torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu").repeat_interleave(repeats)
+        )
 
     @property
     def batch_size(self) -> int:
@@ -1478,8 +1482,8 @@ def _new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 
 def _natural_positions(cache: SinkCache, length: int) -> torch.Tensor:
     """Which tokens of their rows the next `length` columns are, negative for padding: int64 `[rows, length]`."""
-    start = cache.get_seq_length()
-    return torch.arange(start, start + length, device="cpu") - torch.tensor(cache.pads, device="cpu")[:, None]
+    start, pads = cache.get_seq_length(), torch.tensor(cache.pads, dtype=torch.long, device="cpu")[:, None]
+    return torch.arange(start, start + length, dtype=torch.long, device="cpu") - pads
 
 
 def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -1536,7 +1540,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if positions is None:
         positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
     if any(cache.offsets):
-        positions = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
+        positions = positions - torch.tensor(cache.offsets, dtype=torch.long, device=positions.device)[:, None]
     inputs["position_ids"] = positions
     if cache.static:
         # Strides that depend on how many tokens there were would have the code compiled again.
@@ -1555,8 +1559,8 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
         if step.needs_mask or (leaves_it and _takes_masks(model)):
             inputs["attention_mask"] = step.mask(model.dtype, tokens.device)
         if by_kind:
-            columns = torch.arange(step.start + length, device=tokens.device)
-            attended = columns >= torch.tensor(cache.pads, device=tokens.device)[:, None]
+            columns = torch.arange(step.start + length, dtype=torch.long, device=tokens.device)
+            attended = columns >= torch.tensor(cache.pads, dtype=torch.long, device=tokens.device)[:, None]
             attended = attended.expand(batch_size, -1)
             # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
             of_states = attended[:, -length:] if step.start < max(cache.pads) else None
