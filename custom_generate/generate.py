@@ -206,17 +206,21 @@ def read_model(model: PreTrainedModel) -> Reading:
     keeps its states, if it does. The result is remembered for as long as the model lives.
 
     Raises:
-        ValueError: `model` takes no `position_ids`; no rotation explains its keys (learned positions); or what it does
+        ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned positions); or what it does
             depends on where tokens are in the cache, or on positions themselves, as far as its dtype shows it.
     """
     if model in _readings and _readings[model].dtype == model.dtype:
         return _readings[model]
     name, advice = type(model).__name__, "Use a model with rotary position embeddings (RoPE)."
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, which a stream must choose to "
-            f"keep them bounded. {advice}"
-        )
+    parameters = inspect.signature(model.forward).parameters
+    names_positions = "position_ids" in parameters
+    no_positions = ValueError(
+        f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, or makes nothing of them, and a "
+        f"stream must choose them to keep them bounded. {advice}"
+    )
+    # A wrapped forward may hand on whatever it gets: whether it does is tried below.
+    if not names_positions and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise no_positions
     if model.training:
         advice = "It is in training mode, where dropout changes what it does: call `model.eval()` first."
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
@@ -245,6 +249,8 @@ def read_model(model: PreTrainedModel) -> Reading:
             )
         rotations.append(turning[0] if turning else None)
     if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model)):
+        if not names_positions:
+            raise no_positions
         raise ValueError(
             f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so the model knows the "
             "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. "
