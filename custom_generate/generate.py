@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -192,6 +193,8 @@ class Reading:
     counts: bool
 
 
+USE_ROPE = "Use a model with rotary position embeddings (RoPE)."
+
 _readings: "weakref.WeakKeyDictionary[PreTrainedModel, Reading]" = weakref.WeakKeyDictionary()
 
 
@@ -206,33 +209,34 @@ def read_model(model: PreTrainedModel) -> Reading:
     keeps its states, if it does. The result is remembered for as long as the model lives.
 
     Raises:
-        ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned positions); or what it does
-            depends on where tokens are in the cache, or on positions themselves, as far as its dtype shows it.
+        ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned
+            positions); what it gives is no number; or what it does depends on where tokens are in the cache, or on
+            positions themselves, as far as its dtype shows it.
     """
     if model in _readings and _readings[model].dtype == model.dtype:
         return _readings[model]
-    name, advice = type(model).__name__, "Use a model with rotary position embeddings (RoPE)."
     parameters = inspect.signature(model.forward).parameters
     names_positions = "position_ids" in parameters
-    no_positions = ValueError(
-        f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, or makes nothing of them, and a "
-        f"stream must choose them to keep them bounded. {advice}"
+    no_positions = _unreadable(
+        model,
+        "its forward takes no `position_ids`, or makes nothing of them, and a stream must choose them to keep them "
+        f"bounded. {USE_ROPE}",
     )
     # A wrapped forward may hand on whatever it gets: whether it does is tried below.
     if not names_positions and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise no_positions
-    if model.training:
-        advice = "It is in training mode, where dropout changes what it does: call `model.eval()` first."
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
-        relative = _is_relative(model, distance)
+        rounding = max(torch.finfo(dtype).eps for dtype in _dtypes(model, before))
+        moved, allowed = _difference_when_moved(model, distance, rounding)
     except Exception as error:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: it failed on a few tokens at positions 0 and {distance}, off which "
-            f"its rotation is read: {error}"
+        raise _unreadable(
+            model,
+            f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read: {error}",
         ) from error
+    _refuse_no_numbers(model, before, moved)
     candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
     rotations = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
@@ -240,32 +244,72 @@ def read_model(model: PreTrainedModel) -> Reading:
             _explain(first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor))
             for tensor in first
         ]
+        tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
         turning = [rotation for _, rotation in explanations if rotation is not None]
-        if len(turning) > 1 or not all(found for found, _ in explanations):
-            raise ValueError(
-                f"`model` ({name}) can't be streamed: the keys of its layer {layer_idx} change with their position, "
-                "but not by a rotation (learned position embeddings do this), so they can't be moved as tokens are "
-                f"evicted. {advice}"
+        left = max((error for error, _ in explanations), default=0.0)
+        if len(turning) > 1 or left > tolerance:
+            raise _unreadable(
+                model,
+                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
+                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
+                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
             )
         rotations.append(turning[0] if turning else None)
-    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model)):
-        if not names_positions:
-            raise no_positions
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so the model knows the "
-            "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. "
-            f"{advice}"
+    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model, rounding)):
+        raise (
+            no_positions
+            if not names_positions
+            else _unreadable(
+                model,
+                "no layer turns its keys with their position, so the model knows the order of tokens, if it does, from "
+                f"their places in the cache (as by ALiBi or relative biases), which a stream changes. {USE_ROPE}",
+            )
         )
-    if not relative:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: what its tokens see of each other changes when all move by the same "
-            "distance (some models scale their queries by position), and a stream moves them to keep positions "
-            f"bounded. {advice}"
-        )
+    if moved > allowed:
+        raise _not_relative(model, distance, moved, allowed)
     fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
     slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
-    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, _resumes(model), _counts(model))
+    resumes, counts = _resumes(model, rounding), _counts(model, rounding)
+    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, resumes, counts)
     return _readings[model]
+
+
+def _unreadable(model: PreTrainedModel, reason: str) -> ValueError:
+    """The error for a model that what it did on a few tokens speaks against."""
+    training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
+    return ValueError(
+        f"`model` ({type(model).__name__}) can't be streamed: {reason}{training if model.training else ''}"
+    )
+
+
+def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], moved: float) -> None:
+    """Raise if what a model `cached` of a few tokens, or how far what it gave `moved`, is NaN or infinite."""
+    seen = [
+        f"the keys and values of its layer {layer_idx}"
+        for layer_idx, layer in enumerate(cached)
+        if not all(states.isfinite().all() for states in layer.values())
+    ]
+    if seen or math.isnan(moved):
+        raise _unreadable(
+            model,
+            f"{(seen or ['its logits'])[0]} are NaN or infinite for a few tokens, off which its rotation is read. Look "
+            "at its weights, or load it in a wider dtype.",
+        )
+
+
+def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: float) -> ValueError:
+    """The error for a model that gives something else where tokens are `distance` further on."""
+    reason = (
+        "what its tokens see of each other changes when all move by the same distance, and a stream moves them to keep "
+        f"positions bounded. What four tokens give at positions up to {distance} differs by {moved:.2g} of its length "
+        f"from what they give at the first positions (rounding: {allowed:.2g})."
+    )
+    if any("nn.quantized.dynamic" in type(module).__module__ for module in model.modules()):
+        reason += (
+            " It has dynamically quantized layers, which round by all that they are given at once: quantize the "
+            "weights only."
+        )
+    return _unreadable(model, reason)
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
@@ -291,33 +335,51 @@ def _device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def _dtypes(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> set[torch.dtype]:
+    """What attention is computed in: sines and cosines have the embedded tokens' dtype, whatever that of the keys."""
+    embedded = model.get_input_embeddings()(_some_tokens(model, 1))
+    return {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
+
+
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
     expected, actual = expected.float().flatten(1), actual.float().flatten(1)
-    return float(((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).min())
+    norms = expected.norm(dim=-1)
+    if not norms.any():
+        return float(actual.norm())
+    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
 
-def _is_relative(model: PreTrainedModel, distance: int) -> bool:
-    """Whether four tokens give the same wherever they are, the last of them at position `distance` at most."""
+def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
+    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
+
+    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
+    """
     if distance < 4:
-        return True
-    tokens = _some_tokens(model, 4)
-    positions = torch.arange(4, dtype=torch.long, device=tokens.device).expand(4, 4)
-    here, one_on, there = (
-        model(
-            input_ids=tokens,
-            position_ids=positions + start,
-            past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
-            use_cache=True,
-        ).logits
-        for start in (0, 1, distance - 3)
-    )
+        return 0.0, 0.0
+    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
+    if not here.any():
+        here, one_on, there = (_logits_at(model, start, before_head=True) for start in (0, 1, distance - 3))
     noise = _difference(here, one_on)  # there, everything is rounded anew
-    rounding = distance * torch.finfo(torch.float32).eps + torch.finfo(model.dtype).eps
-    return _difference(here, there) <= 4 * (noise + rounding)
+    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
 
 
-def _attends_to_a_set(model: PreTrainedModel) -> bool:
+def _logits_at(model: PreTrainedModel, start: int, before_head: bool = False) -> torch.Tensor:
+    """What four rows of four tokens give from position `start` on: logits, 0 where ruled out, or the last states."""
+    tokens = _some_tokens(model, 4)
+    output = model(
+        input_ids=tokens,
+        position_ids=torch.arange(start, start + 4, dtype=torch.long, device=tokens.device).expand(4, 4),
+        past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
+        use_cache=True,
+        **({"output_hidden_states": True} if before_head else {}),
+    )
+    if before_head:
+        return output.hidden_states[-1]
+    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
+
+
+def _attends_to_a_set(model: PreTrainedModel, rounding: float) -> bool:
     """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
     tokens = _some_tokens(model, 17)
     positions = torch.arange(17, dtype=torch.long, device=tokens.device).expand(4, -1)
@@ -332,7 +394,7 @@ def _attends_to_a_set(model: PreTrainedModel) -> bool:
                 if reverse and getattr(layer, "keys", None) is not None:
                     layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
         logits.append(output.logits)
-    return _difference(*logits) <= max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    return _difference(*logits) <= max(1e-5, 4 * rounding)
 
 
 def _keeps_states(model: PreTrainedModel) -> bool:
@@ -340,7 +402,7 @@ def _keeps_states(model: PreTrainedModel) -> bool:
     return any(isinstance(layer, StateLayer) for layer in _own_layers(model))
 
 
-def _resumes(model: PreTrainedModel) -> bool:
+def _resumes(model: PreTrainedModel, rounding: float) -> bool:
     """Whether two tokens after seven leave the states of the model's layers as nine at once do."""
     if not _keeps_states(model):
         return True
@@ -351,7 +413,7 @@ def _resumes(model: PreTrainedModel) -> bool:
         model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
     # What a layer makes of it shows in the next one at the latest, and further on there is more noise.
     states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
-    noise = max(1e-4, 4 * torch.finfo(model.dtype).eps)
+    noise = max(1e-4, 4 * rounding)
     return all(
         float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
         for here, there in zip(map(_tensors, whole.layers[: states[:2][-1] + 1]), map(_tensors, parts.layers))
@@ -359,7 +421,7 @@ def _resumes(model: PreTrainedModel) -> bool:
     )
 
 
-def _counts(model: PreTrainedModel) -> bool:
+def _counts(model: PreTrainedModel, rounding: float) -> bool:
     """Whether a second token gets position 1 where the model, which keeps states, is given none."""
     if not _keeps_states(model):
         return True
@@ -369,7 +431,7 @@ def _counts(model: PreTrainedModel) -> bool:
         model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
         model(input_ids=tokens[:, 1:], past_key_values=cache, use_cache=True, **positions)
         keys.append([layer["keys"] for layer in _cached(cache) if layer][-1])
-    return _difference(*keys) <= 4 * torch.finfo(model.dtype).eps
+    return _difference(*keys) <= 4 * rounding
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
@@ -404,18 +466,20 @@ def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
 
 def _explain(
     before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
-) -> tuple[bool, Optional[Rotation]]:
-    """Whether `before` became `after` (`[batch, kv_heads, 1, head_dim]`) by a rotation, or by none, and by which."""
-    # Rounding of the keys, and of the angle, which models compute in float32.
-    tolerance = 4 * (torch.finfo(before.dtype).eps + distance * torch.finfo(torch.float32).eps)
+) -> tuple[float, Optional[Rotation]]:
+    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
+
+    Returns:
+        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't turn.
+    """
     before, after = before.float(), after.float()
 
     def error(rotation: Optional[Rotation]) -> float:
         turned = rotation.turn(before.clone(), [distance]) if rotation else before
-        return float((turned - after).norm() / after.norm())
+        return float((turned - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
     best = min([None, *candidates], key=error)
-    return error(best) <= tolerance, best
+    return error(best), best
 
 
 def _rope_parameters(config: Any) -> list[dict]:
@@ -861,6 +925,9 @@ class SinkCache(Cache):
             self._rotations = reading.rotations
             self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
             self.layers = copy.deepcopy(self._new_layers)
+        # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
+        dtypes = [dtype for layer in reading.slots for _, dtype, _ in layer]
+        self._mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
         self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
@@ -1551,7 +1618,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if cache.static:
         # Strides that depend on how many tokens there were would have the code compiled again.
         inputs["position_ids"] = positions.clone(memory_format=torch.contiguous_format)
-        inputs["attention_mask"] = cache.point_slots(step, model.dtype, tokens.device)
+        inputs["attention_mask"] = cache.point_slots(step, cache._mask_dtype, tokens.device)
     elif any(cache.pads) or step.evicts:
         inputs["attention_mask"] = None
         if step.needs_mask and not _takes_masks(model):
@@ -1563,7 +1630,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and length > 1) or not MASKS_FOLLOW_THE_CACHE
         if step.needs_mask or (leaves_it and _takes_masks(model)):
-            inputs["attention_mask"] = step.mask(model.dtype, tokens.device)
+            inputs["attention_mask"] = step.mask(cache._mask_dtype, tokens.device)
         if by_kind:
             columns = torch.arange(step.start + length, dtype=torch.long, device=tokens.device)
             attended = columns >= torch.tensor(cache.pads, dtype=torch.long, device=tokens.device)[:, None]

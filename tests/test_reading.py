@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import answer, difference, left_padded, oracle, prompt, small_model, stream
+from helpers import difference, left_padded, oracle, prompt, small_model, stream
 from transformers import LlamaForCausalLM
 
 from custom_generate.generate import generate
@@ -79,3 +79,120 @@ def takes_no_positions():
 def test_a_forward_that_makes_nothing_of_positions_is_refused(build):
     with pytest.raises(ValueError, match="`model`.*its forward takes no `position_ids`, or makes nothing of them"):
         generate(build(), 16, 4, input_ids=prompt(3), max_new_tokens=5)
+
+
+# --- numbers of several dtypes, and none
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_in_a_narrower_dtype(dtype, attention):
+    model = small_model(attn_implementation=attention)
+    model.get_input_embeddings().to(dtype)
+    # The oracle on the same weights, whose angles are not rounded to `dtype`.
+    wide = small_model()
+    wide.get_input_embeddings().weight.data = model.get_input_embeddings().weight.data.float()
+    assert error(model, wide) < 2 * torch.finfo(dtype).eps
+    rows = [prompt(3), prompt(9, seed=1)]
+    settings = dict(max_new_tokens=40, do_sample=False)
+    tokens = generate(model, 16, 4, **left_padded(rows), **settings)
+    for row, ids in zip(tokens, rows):
+        assert torch.equal(row[-40:], generate(model, 16, 4, input_ids=ids, **settings)[0, -40:])
+
+
+def with_weights(change):
+    model = small_model()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+def ruling_out(value: float):
+    """A small Llama that rules every other token out, as some do with those of images."""
+    model = small_model()
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.arange(0, 211, 2), value)
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: with_weights(lambda model: model.lm_head.weight.zero_()),
+        lambda: with_weights(lambda model: model.model.layers[1].self_attn.k_proj.weight.zero_()),
+        lambda: with_weights(lambda model: model.model.layers[1].self_attn.k_proj.weight[:16].zero_()),
+        lambda: ruling_out(-torch.inf),
+        lambda: ruling_out(torch.finfo(torch.float32).min),
+    ],
+    ids=["no head", "a layer without keys", "a head without keys", "-inf", "the least number"],
+)
+def test_zeros_and_tokens_ruled_out(build):
+    model = build()
+    output = stream(model, prompt(3))
+    expected = oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]
+    assert torch.allclose(torch.cat(output.logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: with_weights(lambda model: model.lm_head.weight.zero_()),
+        lambda: ruling_out(-torch.inf),
+        lambda: ruling_out(torch.finfo(torch.float32).min),
+    ],
+)
+def test_queries_that_grow_are_seen_behind_zeros_and_tokens_ruled_out(build):
+    model = scaling_queries(build())
+    with pytest.raises(ValueError, match="changes when all move by the same distance.*positions up to 511 differs by"):
+        generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
+
+
+def scaling_queries(model, scale=lambda positions: (1 + positions / 2048) ** 0.1):
+    rotary = model.model.rotary_emb
+    rotary.register_forward_pre_hook(
+        lambda module, args, kwargs: setattr(module, "latest", kwargs.get("position_ids", args[-1])), with_kwargs=True
+    )
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(
+            lambda module, args, queries: queries * scale(rotary.latest[..., None])
+        )
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, seen",
+    [
+        (lambda model: model.lm_head.weight.fill_(torch.nan), "its logits are NaN or infinite"),
+        (
+            lambda model: model.model.layers[1].self_attn.v_proj.weight.fill_(torch.nan),
+            "of its layer 1 are NaN or infinite",
+        ),
+        (lambda model: model.get_input_embeddings().weight.fill_(torch.inf), "of its layer 0 are NaN or infinite"),
+    ],
+    ids=["head", "values", "embeddings"],
+)
+def test_a_model_that_gives_no_numbers_is_told_so(change, seen):
+    with pytest.raises(ValueError, match=f"`model`.*can't be streamed: .*{seen}.*Look at its weights"):
+        generate(with_weights(change), 16, 4, input_ids=prompt(3), max_new_tokens=5)
+
+
+def test_where_no_rotation_is_found_no_cause_is_named():
+    model = small_model()
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda module, args, keys: keys + torch.randn_like(keys)  # as of anything that is not the same twice
+    )
+    with pytest.raises(ValueError, match=r"keys of its layer 1 change.*leaves \S+ of their length") as raised:
+        generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
+    assert "learned" not in str(raised.value) and "RoPE" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_whose_rounding_is_dynamic_is_told_so():
+    model = small_model(num_hidden_layers=8, hidden_size=128, intermediate_size=256)
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(
+        ValueError, match="differs by .*has dynamically quantized layers.*quantize the weights only"
+    ) as raised:
+        generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
+    assert "RoPE" not in str(raised.value)
