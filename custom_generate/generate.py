@@ -18,7 +18,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 import safetensors
@@ -183,6 +183,8 @@ class Reading:
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
         resumes: whether it goes on from a layer's state where it gets several tokens at once.
         counts: whether it counts positions on where it is given none.
+        rounding: the relative rounding of what its attention gets.
+        reach: up to which position all this was tried.
     """
 
     dtype: torch.dtype
@@ -191,6 +193,8 @@ class Reading:
     fingerprint: torch.Tensor
     resumes: bool
     counts: bool
+    rounding: float
+    reach: int
 
 
 USE_ROPE = "Use a model with rotary position embeddings (RoPE)."
@@ -270,15 +274,49 @@ def read_model(model: PreTrainedModel) -> Reading:
     fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
     slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
     resumes, counts = _resumes(model, rounding), _counts(model, rounding)
-    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, resumes, counts)
+    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, resumes, counts, rounding, distance)
     return _readings[model]
 
 
-def _unreadable(model: PreTrainedModel, reason: str) -> ValueError:
-    """The error for a model that what it did on a few tokens speaks against."""
+@torch.no_grad()
+def _refuse_reach(model: PreTrainedModel, reading: Reading, window_length: int, reach: int) -> None:
+    """Raise unless `model` does up to position `reach` what was read off it, and remember that it does.
+
+    Raises:
+        ValueError: it fails there, turns its keys otherwise, or what its tokens see of each other changes.
+    """
+    if reach <= reading.reach:
+        return
+    trained_length = _trained_length(model.config)
+    named = trained_length is not None and trained_length < window_length
+    limit = f"`window_length` must be at most {trained_length}, got {window_length}. " if named else ""
+    try:
+        before, after = _cached_at(model, 0), _cached_at(model, reach)
+        moved, allowed = _difference_when_moved(model, reach, reading.rounding)
+    except Exception as error:
+        raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
+    tolerance = 4 * (reading.rounding + reach * torch.finfo(torch.float32).eps)
+    for layer_idx, rotation in enumerate(reading.rotations):
+        for tensor, states in before[layer_idx].items():
+            turns = [rotation] if rotation is not None and rotation.tensor == tensor else []
+            left, found = _explain(states.cpu(), after[layer_idx][tensor].cpu(), reach, turns)
+            if left > tolerance or (turns and found is None and states.any()):
+                raise _unreadable(
+                    model,
+                    f"at position {reach} the keys of its layer {layer_idx} are turned otherwise than up to "
+                    f"{reading.reach}, so keys of both don't fit together.",
+                    limit,
+                )
+    if not moved <= allowed:
+        raise _not_relative(model, reach, moved, allowed, limit)
+    _readings[model] = replace(reading, reach=reach)
+
+
+def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
+    """The error for a model that what it did on a few tokens speaks against, after the `limit` that would avoid it."""
     training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
     return ValueError(
-        f"`model` ({type(model).__name__}) can't be streamed: {reason}{training if model.training else ''}"
+        f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}{training if model.training else ''}"
     )
 
 
@@ -297,8 +335,8 @@ def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tens
         )
 
 
-def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: float) -> ValueError:
-    """The error for a model that gives something else where tokens are `distance` further on."""
+def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: float, limit: str = "") -> ValueError:
+    """The error for a model that gives something else where tokens are `distance` further on; `limit` as above."""
     reason = (
         "what its tokens see of each other changes when all move by the same distance, and a stream moves them to keep "
         f"positions bounded. What four tokens give at positions up to {distance} differs by {moved:.2g} of its length "
@@ -309,7 +347,7 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
             " It has dynamically quantized layers, which round by all that they are given at once: quantize the "
             "weights only."
         )
-    return _unreadable(model, reason)
+    return _unreadable(model, reason, limit)
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
@@ -919,22 +957,25 @@ class SinkCache(Cache):
             )
         _refuse_model(model, self.window_length)
         reading = read_model(model)
+        layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
+        # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
+        # that no key meets it twice; low enough that float32 is exact about angles.
+        reaches = [getattr(layer, "sliding_window", 0) for layer in layers]
+        ceiling = max(4 * self.window_length, 4096, *reaches)
+        trained_length = _trained_length(model.config) or ceiling
+        ceiling = max(self.window_length, min(ceiling, trained_length))
+        _refuse_reach(model, reading, self.window_length, ceiling - 1)
         if self.is_bound:
             _refuse_other_model(reading.fingerprint, self._fingerprint)
         else:
             self._rotations = reading.rotations
-            self._new_layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
+            self._new_layers = layers
             self.layers = copy.deepcopy(self._new_layers)
         # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
         dtypes = [dtype for layer in reading.slots for _, dtype, _ in layer]
         self._mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
         self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
-        # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
-        # that no key meets it twice; low enough that float32 is exact about angles.
-        reaches = [getattr(layer, "sliding_window", 0) for layer in self.layers]
-        ceiling = max(4 * self.window_length, 4096, *reaches)
-        self._trained_length = _trained_length(model.config) or ceiling
-        self._ceiling = max(self.window_length, min(ceiling, self._trained_length))
+        self._trained_length, self._ceiling = trained_length, ceiling
         self._model = _ModelReference(model)
         return self
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import difference, left_padded, oracle, prompt, small_model, stream
-from transformers import LlamaForCausalLM
+from helpers import SMALL, difference, left_padded, oracle, prompt, small_model, stream
+from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
-from custom_generate.generate import generate
+from custom_generate.generate import SinkCache, generate
 
 
 def error(model, reference=None) -> float:
@@ -196,3 +196,87 @@ def test_a_model_whose_rounding_is_dynamic_is_told_so():
     ) as raised:
         generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
     assert "RoPE" not in str(raised.value)
+
+
+# --- as far as positions will go
+
+
+def ministral(beta: float = 0.5):
+    if "ministral3" not in CONFIG_MAPPING:
+        pytest.skip("Ministral 3 came with transformers 5")
+    rope = dict(
+        rope_type="yarn",
+        rope_theta=1e4,
+        factor=16.0,
+        original_max_position_embeddings=16,
+        max_position_embeddings=256,
+        llama_4_scaling_beta=beta,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    )
+    return small_model(CONFIG_MAPPING["ministral3"](**{**SMALL, "head_dim": 16, "rope_parameters": rope}))
+
+
+def scales_past(length: int):
+    """A small Llama that scales its queries by whole lengths, as Ministral 3, which its configuration names."""
+    model = small_model()
+    model.config.original_max_position_embeddings = length
+    return scaling_queries(model, lambda positions: 1 + 0.5 * (1 + positions // length).log())
+
+
+@pytest.mark.parametrize(
+    "build, unscaled",
+    [(ministral, lambda: ministral(0.0)), (lambda: scales_past(16), small_model)],
+    ids=["Ministral 3", "a patched Llama"],
+)
+def test_a_window_past_which_queries_are_scaled(build, unscaled):
+    model = build()
+    assert error(model, unscaled()) < 1e-5  # in a window of 16 no query ever is
+    for window_length in (17, 24, 64):
+        cache = SinkCache(window_length, 4)
+        with pytest.raises(ValueError, match=f"`window_length` must be at most 16, got {window_length}.*differs by"):
+            generate(model, input_ids=prompt(3), past_key_values=cache, max_new_tokens=5)
+        assert not cache.is_bound
+    assert error(model, unscaled()) < 1e-5
+
+
+def turns_otherwise_from(position: int):
+    """A small Llama that changes its frequencies at a position which its configuration does not name."""
+    model = small_model(max_position_embeddings=8192)
+    rotary = model.model.rotary_emb
+    forward, frequencies = rotary.forward, rotary.inv_freq.clone()
+
+    def changing(x, position_ids, *args, **kwargs):
+        rotary.inv_freq = frequencies / (1 if position_ids.max() < position else 2)
+        return forward(x, position_ids, *args, **kwargs)
+
+    rotary.forward = changing
+    return model
+
+
+def scales_unnamed(length: int):
+    model = small_model(max_position_embeddings=8192)
+    return scaling_queries(model, lambda positions: 1 + 0.5 * (1 + positions // length).log())
+
+
+@pytest.mark.parametrize(
+    "build, seen",
+    [
+        (lambda: turns_otherwise_from(2000), "at position 4095 the keys of its layer 0 are turned otherwise"),
+        (lambda: scales_unnamed(2000), "changes when all move by the same distance.*up to 4095"),
+    ],
+    ids=["other frequencies", "other queries"],
+)
+def test_what_changes_before_positions_come_back(build, seen):
+    with pytest.raises(ValueError, match=f"^`model`.*can't be streamed: .*{seen}"):
+        generate(build(), 16, 4, input_ids=prompt(3), max_new_tokens=5)
+
+
+def test_positions_of_a_long_window_are_tried_once():
+    model = small_model()
+    SinkCache(600, 4).bind(model)  # longer than the trained length of 512
+    model.register_forward_pre_hook(lambda *args: pytest.fail("it ran again"))
+    SinkCache(600, 4).bind(model)
+    SinkCache(16, 4).bind(model)
