@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ class Reading:
     """What was found out about a model by running it on a few tokens.
 
     Args:
-        dtype: the model's when it was read: casting a model rounds the frequencies in its buffers.
+        stamp: what all this rests on, as `_stamp` told it then.
         rotations: how each layer turns its keys, None for one whose keys have no position.
         slots: shape, dtype and device of what each layer caches of text, alike in equal layers, empty if it is nothing.
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
@@ -187,7 +188,7 @@ class Reading:
         reach: up to which position all this was tried.
     """
 
-    dtype: torch.dtype
+    stamp: tuple[list[weakref.ref], list]
     rotations: list[Optional[Rotation]]
     slots: list[tuple]
     fingerprint: torch.Tensor
@@ -210,14 +211,14 @@ def read_model(model: PreTrainedModel) -> Reading:
     itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
     else. Each layer gets the rotation, among those that the model's own tensors suggest, that turns the first run's
     keys into the second's. Some more runs of a few tokens tell whether all that the model does is relative, and how it
-    keeps its states, if it does. The result is remembered for as long as the model lives.
+    keeps its states, if it does. The result is remembered for as long as the model lives, and what it rests on stays.
 
     Raises:
         ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned
             positions); what it gives is no number; or what it does depends on where tokens are in the cache, or on
             positions themselves, as far as its dtype shows it.
     """
-    if model in _readings and _readings[model].dtype == model.dtype:
+    if model in _readings and _is_stamped(model, _readings[model].stamp):
         return _readings[model]
     parameters = inspect.signature(model.forward).parameters
     names_positions = "position_ids" in parameters
@@ -271,11 +272,56 @@ def read_model(model: PreTrainedModel) -> Reading:
         )
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
     slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
     resumes, counts = _resumes(model, rounding), _counts(model, rounding)
-    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, resumes, counts, rounding, distance)
+    _readings[model] = Reading(
+        _stamp(model), rotations, slots, _fingerprint(before), resumes, counts, rounding, distance
+    )
     return _readings[model]
+
+
+def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
+    """What a reading of `model` rests on, told without running it.
+
+    Returns:
+        References to its modules and weights, the same ones as long as none was exchanged; and values: versions and
+        places of the weights, the modules' code and plain settings (training and active adapters among them),
+        the configuration, and what may be frequencies. Not seen are weights changed behind torch's back (`.data`),
+        which no rotation depends on.
+    """
+    references, values = [], [repr(model.config.to_dict())]
+    for module in model.modules():
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        # Those that accelerate keeps elsewhere until they are needed come and go.
+        references += map(weakref.ref, [module, *(weight for weight in weights if weight.device.type != "meta")])
+        values += [(weight.dtype, weight.shape, weight.device) for weight in weights]
+        values += [weight._version for weight in weights if not weight.is_inference()]
+        frequencies = [frequencies.tolist() for frequencies in _frequencies_in(module)]
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if frequencies else []
+        values += [id(code) for code in (vars(module).get("forward"), type(module).forward, *hooks)]
+        values += [frequencies, {name: value for name, value in vars(module).items() if type(value) in PLAIN}]
+    return references, values
+
+
+PLAIN = (bool, int, float, str)
+
+
+def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -> bool:
+    """Whether that is still the `stamp` of `model`."""
+    references, values = _stamp(model)
+    same = len(references) == len(stamp[0]) and all(map(operator.is_, references, stamp[0]))
+    return same and values == stamp[1]
+
+
+def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """What a model is known by, off what it `cached` of four tokens: its last keys, float32 `[4, kv_heads, 1, dim]`."""
+    return [layer for layer in cached if layer][-1]["keys"].float().cpu()
+
+
+@torch.no_grad()
+def _fingerprint_now(model: PreTrainedModel) -> torch.Tensor:
+    """The fingerprint of the model as it is, whatever was read of it."""
+    return _fingerprint(_cached_at(_unwrapped(model), 0))
 
 
 @torch.no_grad()
@@ -309,7 +355,7 @@ def _refuse_reach(model: PreTrainedModel, reading: Reading, window_length: int, 
                 )
     if not moved <= allowed:
         raise _not_relative(model, reach, moved, allowed, limit)
-    _readings[model] = replace(reading, reach=reach)
+    _readings[model] = replace(reading, reach=reach, stamp=_stamp(model))
 
 
 def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -491,15 +537,35 @@ def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     That is each vector, and the angles of position 1 in each table of sines and cosines, `[positions, 2 * pairs]`.
     """
     for module in model.modules():
-        for tensor in [*module._buffers.values(), *vars(module).values()]:
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-                continue
-            if tensor.dim() == 1:
-                yield tensor.detach().to("cpu", torch.float64)
-            elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
-                first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
-                if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
-                    yield from (torch.atan2(first, second), torch.atan2(second, first))
+        yield from _frequencies_in(module)
+
+
+def _frequencies_in(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Those of one module, without its children."""
+    for tensor in [*module._buffers.values(), *vars(module).values()]:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dim() == 1:
+            yield tensor.detach().to("cpu", torch.float64)
+        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
+            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
+            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
+                yield from (torch.atan2(first, second), torch.atan2(second, first))
+
+
+def _turn_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
+    """Whether layers turn their keys alike, but for a cast that rounded their frequencies."""
+    return len(rotations) == len(others) and all(
+        (one is other)
+        or (
+            one is not None
+            and other is not None
+            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
+            and one.frequencies.shape == other.frequencies.shape
+            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
+        )
+        for one, other in zip(rotations, others)
+    )
 
 
 def _explain(
@@ -932,31 +998,29 @@ class SinkCache(Cache):
         """Read the rotation of every layer off `model` and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions. It is run on a few tokens, once in its life, and
-                nothing is changed on it; the cache does not keep it alive.
+            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
+                it is, and nothing is changed on it; the cache does not keep it alive.
 
         Returns:
             This cache.
 
         Raises:
-            ValueError: the cache is bound to another model or already holds tokens, or `model` can't be streamed.
+            ValueError: the cache is bound to another model, one whose keys and values are others; it holds tokens that
+                it took in unbound, or whose keys `model` has since come to turn otherwise; or `model` can't be
+                streamed.
         """
         model = _unwrapped(model)
-        bound_to = None if self._model is None else self._model()
-        if bound_to is model:
-            return self
-        if bound_to is not None:
-            raise ValueError(
-                "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean nothing to "
-                "this one. Use a `SinkCache` for each model."
-            )
         if not self.is_bound and self.get_seq_length() > 0:
             raise ValueError(
                 f"The `SinkCache` in `past_key_values` was not bound when it took in its {self.get_seq_length()} "
                 "tokens. Call `bind(model)` before the first token, or `reset()` it."
             )
-        _refuse_model(model, self.window_length)
+        bound_to = None if self._model is None else self._model()
+        if bound_to is not model:
+            _refuse_model(model, self.window_length)
         reading = read_model(model)
+        if bound_to is model and reading.rotations is self._rotations:
+            return self
         layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
@@ -965,12 +1029,25 @@ class SinkCache(Cache):
         trained_length = _trained_length(model.config) or ceiling
         ceiling = max(self.window_length, min(ceiling, trained_length))
         _refuse_reach(model, reading, self.window_length, ceiling - 1)
-        if self.is_bound:
-            _refuse_other_model(reading.fingerprint, self._fingerprint)
-        else:
-            self._rotations = reading.rotations
-            self._new_layers = layers
-            self.layers = copy.deepcopy(self._new_layers)
+        if self.is_bound and bound_to is not model and not _are_alike(reading.fingerprint, self._fingerprint):
+            raise ValueError(
+                OTHER_MODEL
+                if bound_to is None
+                else "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
+                "nothing to this one. Use a `SinkCache` for each model."
+            )
+        if self.get_seq_length() > 0 and not _turn_alike(reading.rotations, self._rotations):
+            raise ValueError(
+                f"`model` turns its keys otherwise than for the {self.get_seq_length()} tokens that the `SinkCache` in "
+                "`past_key_values` holds, with which new ones would not fit together: its rotary embeddings are "
+                "others. `reset()` it, or use a new one."
+            )
+        self._rotations, self._new_layers = reading.rotations, layers
+        if self.get_seq_length() == 0:
+            self.layers = copy.deepcopy(layers)
+        for layer, rotation in zip(self.layers, reading.rotations):
+            if isinstance(layer, SinkLayer):
+                layer.ring.rotation = rotation
         # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
         dtypes = [dtype for layer in reading.slots for _, dtype, _ in layer]
         self._mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
@@ -1275,9 +1352,15 @@ class SinkCache(Cache):
         if not self.is_bound or self.get_seq_length() == 0:
             raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
         self._refuse_half_a_step()
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._fingerprint = _fingerprint_now(model)
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.move_sinks([0])
         tensors = {"fingerprint": self._fingerprint}
+        for layer_idx, rotation in enumerate(self._rotations):
+            if rotation is not None:
+                tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
         if self.latest_ids is not None:
             tensors["latest_ids"] = self.latest_ids
         for layer_idx, layer in enumerate(self.layers):
@@ -1305,7 +1388,15 @@ class SinkCache(Cache):
         except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}.") from error
         cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-        _refuse_other_model(cache._fingerprint, tensors["fingerprint"])
+        held_by = [tensors.pop(f"frequencies.{layer_idx}", None) for layer_idx in range(len(cache._rotations))]
+        rotations = [
+            replace(rotation, frequencies=frequencies) if rotation and frequencies is not None else frequencies
+            for frequencies, rotation in zip(held_by, cache._rotations)
+        ]
+        alike = _are_alike(_fingerprint_now(model), tensors["fingerprint"])
+        says_how = any(frequencies is not None for frequencies in held_by)  # older files don't
+        if not alike or (says_how and not _turn_alike(rotations, cache._rotations)):
+            raise ValueError(OTHER_MODEL)
         cache.pads, cache.offsets, cache.latest_end = state["pads"], state["offsets"], state["latest_end"]
         cache.latest_ids = tensors.get("latest_ids")
         for layer_idx, layer in enumerate(cache.layers):
@@ -1317,13 +1408,15 @@ class SinkCache(Cache):
         return cache
 
 
-def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise unless the fingerprints are the same model's, in whatever dtype."""
-    if fingerprint.shape != expected.shape or (fingerprint - expected).norm() > 0.1 * expected.norm():
-        raise ValueError(
-            "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this "
-            "one. Use the model that it was held with."
-        )
+OTHER_MODEL = (
+    "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
+    "the model that it was held with."
+)
+
+
+def _are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the fingerprints are the same model's, in whatever dtype."""
+    return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
 def _layers(model: PreTrainedModel, window_length: int, num_sink_tokens: int, reading: Reading) -> list:

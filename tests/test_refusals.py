@@ -108,7 +108,9 @@ def test_a_turn_whose_mask_is_not_that_of_the_turn_before(mask, message):
 
 def test_a_cache_of_another_model():
     one, other = small_model(), small_model()
+    other.model.layers[2].self_attn.k_proj.weight.data *= -1
     cache = SinkCache(16, 4).bind(one)
+    SinkCache(16, 4).bind(other)  # reads the rotation
     passes = forward_passes(other)
     for refused in (lambda: generate(other, input_ids=prompt(5), past_key_values=cache), lambda: cache.bind(other)):
         with pytest.raises(ValueError, match="`past_key_values` is bound to another model"):
