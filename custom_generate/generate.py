@@ -17,6 +17,7 @@ import json
 import math
 import operator
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -928,6 +929,21 @@ class _ModelReference(weakref.ref):
         return type(None), ()
 
 
+class _WithoutGraph(torch.autograd.Function):
+    """Copies of `keys` and `values` off the slots, which know nothing of the graph of the states that went in."""
+
+    @staticmethod
+    def forward(ctx, keys: torch.Tensor, values: torch.Tensor, *states: torch.Tensor) -> tuple:
+        return keys.clone(), values.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> None:
+        raise ValueError(
+            "`backward` can't go through a bound `SinkCache`, which keeps no graph of its keys and values. Call the "
+            "model with a `DynamicCache`, or without `past_key_values`, where gradients are needed."
+        )
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -968,6 +984,8 @@ class SinkCache(Cache):
                 raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.")
         if window_length < 1:
             raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
+        if window_length > sys.maxsize:
+            raise ValueError(f"`window_length` must be at most {sys.maxsize}, got {window_length}.")
         if not 0 <= num_sink_tokens < window_length:
             raise ValueError(
                 f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
@@ -1021,6 +1039,13 @@ class SinkCache(Cache):
         reading = read_model(model)
         if bound_to is model and reading.rotations is self._rotations:
             return self
+        slots = [(shape, dtype) for layer in reading.slots for shape, dtype, _ in layer]
+        nbytes = self.window_length * sum(shape[1] * shape[3] * dtype.itemsize for shape, dtype in slots)
+        if nbytes > sys.maxsize:
+            raise ValueError(
+                f"`window_length` is {self.window_length}, for which keys and values would take {nbytes} bytes, more "
+                "than a machine can address. Choose a shorter one."
+            )
         layers = _layers(model, self.window_length, self.num_sink_tokens, reading)
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
@@ -1124,7 +1149,13 @@ class SinkCache(Cache):
         step = self.plan(layer.seen, key_states.shape[2])
         if not step.prepared:
             self._refuse_unprepared(step, key_states.shape[0])
-        return layer.update(key_states, value_states, step)
+        keys, values = layer.update(key_states, value_states, step)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return keys, values
+        # A graph would keep the slots themselves, which the next update writes into.
+        if key_states.requires_grad or value_states.requires_grad:
+            return _WithoutGraph.apply(keys, values, key_states, value_states)
+        return keys.clone(), values.clone()
 
     def _refuse_unprepared(self, step: Step, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
