@@ -11,21 +11,23 @@ Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the
 
 import contextlib
 import copy
-import dataclasses
 import errno
 import functools
 import inspect
 import itertools
 import json
+import math
+import operator
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 import safetensors
@@ -138,7 +140,7 @@ def _own_mask(
 def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
     """Set right which columns come next: until 5.3 `generate` counts them, wrongly where it gets new tokens only."""
     if "cache_position" in kwargs:
-        kwargs["cache_position"] = torch.arange(start, end, device=device)
+        kwargs["cache_position"] = torch.arange(start, end, dtype=torch.long, device=device)
 
 
 def _is_synced(model: PreTrainedModel, synced_gpus: Optional[bool]) -> bool:
@@ -215,21 +217,27 @@ class Reading:
     """What was found out about a model by running it on a few tokens.
 
     Args:
-        dtype: the model's when it was read: casting a model rounds the frequencies in its buffers.
+        stamp: what all this rests on, as `_stamp` told it then.
         rotations: how each layer turns its keys, None for one whose keys have no position.
         slots: shape, dtype and device of what each layer caches of text, alike in equal layers, empty if it is nothing.
         fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
         resumes: whether it goes on from a layer's state where it gets several tokens at once.
         counts: whether it counts positions on where it is given none.
+        rounding: the relative rounding of what its attention gets.
+        reach: up to which position all this was tried.
     """
 
-    dtype: torch.dtype
+    stamp: tuple[list[weakref.ref], list]
     rotations: list[Optional[Rotation]]
     slots: list[tuple]
     fingerprint: torch.Tensor
     resumes: bool
     counts: bool
+    rounding: float
+    reach: int
 
+
+USE_ROPE = "Use a model with rotary position embeddings (RoPE)."
 
 _readings: "weakref.WeakKeyDictionary[PreTrainedModel, Reading]" = weakref.WeakKeyDictionary()
 
@@ -242,32 +250,37 @@ def read_model(model: PreTrainedModel) -> Reading:
     itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
     else. Each layer gets the rotation, among those that the model's own tensors suggest, that turns the first run's
     keys into the second's. Some more runs of a few tokens tell whether all that the model does is relative, and how it
-    keeps its states, if it does. The result is remembered for as long as the model lives.
+    keeps its states, if it does. The result is remembered for as long as the model lives, and what it rests on stays.
 
     Raises:
-        ValueError: `model` takes no `position_ids`; no rotation explains its keys (learned positions); or what it does
-            depends on where tokens are in the cache, or on positions themselves, as far as its dtype shows it.
+        ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned
+            positions); what it gives is no number; or what it does depends on where tokens are in the cache, or on
+            positions themselves, as far as its dtype shows it.
     """
-    if model in _readings and _readings[model].dtype == model.dtype:
+    if model in _readings and _is_stamped(model, _readings[model].stamp):
         return _readings[model]
-    name, advice = type(model).__name__, "Use a model with rotary position embeddings (RoPE)."
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: its forward takes no `position_ids`, which a stream must choose to "
-            f"keep them bounded. {advice}"
-        )
-    if model.training:
-        advice = "It is in training mode, where dropout changes what it does: call `model.eval()` first."
+    parameters = inspect.signature(model.forward).parameters
+    names_positions = "position_ids" in parameters
+    no_positions = _unreadable(
+        model,
+        "its forward takes no `position_ids`, or makes nothing of them, and a stream must choose them to keep them "
+        f"bounded. {USE_ROPE}",
+    )
+    # A wrapped forward may hand on whatever it gets: whether it does is tried below.
+    if not names_positions and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise no_positions
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(_trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
-        relative = _is_relative(model, distance)
+        rounding = max(torch.finfo(dtype).eps for dtype in _dtypes(model, before))
+        moved, allowed = _difference_when_moved(model, distance, rounding)
     except Exception as error:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: it failed on a few tokens at positions 0 and {distance}, off which "
-            f"its rotation is read: {error}"
+        raise _unreadable(
+            model,
+            f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read: {error}",
         ) from error
+    _refuse_no_numbers(model, before, moved)
     candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
     rotations = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
@@ -275,37 +288,159 @@ def read_model(model: PreTrainedModel) -> Reading:
             _explain(first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor))
             for tensor in first
         ]
+        tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
         turning = [rotation for _, rotation in explanations if rotation is not None]
-        if len(turning) > 1 or not all(found for found, _ in explanations):
-            raise ValueError(
-                f"`model` ({name}) can't be streamed: the keys of its layer {layer_idx} change with their position, "
-                "but not by a rotation (learned position embeddings do this), so they can't be moved as tokens are "
-                f"evicted. {advice}"
+        left = max((error for error, _ in explanations), default=0.0)
+        if len(turning) > 1 or left > tolerance:
+            raise _unreadable(
+                model,
+                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
+                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
+                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
             )
         rotations.append(turning[0] if turning else None)
-    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model)):
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: no layer turns its keys with their position, so the model knows the "
-            "order of tokens from their places in the cache (ALiBi, relative biases), which a stream changes. "
-            f"{advice}"
+    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model, rounding)):
+        raise (
+            no_positions
+            if not names_positions
+            else _unreadable(
+                model,
+                "no layer turns its keys with their position, so the model knows the order of tokens, if it does, from "
+                f"their places in the cache (as by ALiBi or relative biases), which a stream changes. {USE_ROPE}",
+            )
         )
-    if not relative:
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: what its tokens see of each other changes when all move by the same "
-            "distance (some models scale their queries by position), and a stream moves them to keep positions "
-            f"bounded. {advice}"
-        )
-    fingerprint = [cached for cached in before if cached][-1]["keys"].float().cpu()
+    if moved > allowed:
+        raise _not_relative(model, distance, moved, allowed)
     slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
-    _readings[model] = Reading(model.dtype, rotations, slots, fingerprint, _resumes(model), _counts(model))
+    resumes, counts = _resumes(model, rounding), _counts(model, rounding)
+    _readings[model] = Reading(
+        _stamp(model), rotations, slots, _fingerprint(before), resumes, counts, rounding, distance
+    )
     return _readings[model]
+
+
+def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
+    """What a reading of `model` rests on, told without running it.
+
+    Returns:
+        References to its modules and weights, the same ones as long as none was exchanged; and values: versions and
+        places of the weights, the modules' code and plain settings (training and active adapters among them),
+        the configuration, and what may be frequencies. Not seen are weights changed behind torch's back (`.data`),
+        which no rotation depends on.
+    """
+    references, values = [], [repr(model.config.to_dict())]
+    for module in model.modules():
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        # Those that accelerate keeps elsewhere until they are needed come and go.
+        references += map(weakref.ref, [module, *(weight for weight in weights if weight.device.type != "meta")])
+        values += [(weight.dtype, weight.shape, weight.device) for weight in weights]
+        values += [weight._version for weight in weights if not weight.is_inference()]
+        frequencies = [frequencies.tolist() for frequencies in _frequencies_in(module)]
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if frequencies else []
+        values += [id(code) for code in (vars(module).get("forward"), type(module).forward, *hooks)]
+        values += [frequencies, {name: value for name, value in vars(module).items() if type(value) in PLAIN}]
+    return references, values
+
+
+PLAIN = (bool, int, float, str)
+
+
+def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -> bool:
+    """Whether that is still the `stamp` of `model`."""
+    references, values = _stamp(model)
+    same = len(references) == len(stamp[0]) and all(map(operator.is_, references, stamp[0]))
+    return same and values == stamp[1]
+
+
+def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """What a model is known by, off what it `cached` of four tokens: its last keys, float32 `[4, kv_heads, 1, dim]`."""
+    return [layer for layer in cached if layer][-1]["keys"].float().cpu()
+
+
+@torch.no_grad()
+def _fingerprint_now(model: PreTrainedModel) -> torch.Tensor:
+    """The fingerprint of the model as it is, whatever was read of it."""
+    return _fingerprint(_cached_at(_unwrapped(model), 0))
+
+
+@torch.no_grad()
+def _refuse_reach(model: PreTrainedModel, reading: Reading, window_length: int, reach: int) -> None:
+    """Raise unless `model` does up to position `reach` what was read off it, and remember that it does.
+
+    Raises:
+        ValueError: it fails there, turns its keys otherwise, or what its tokens see of each other changes.
+    """
+    if reach <= reading.reach:
+        return
+    trained_length = _trained_length(model.config)
+    named = trained_length is not None and trained_length < window_length
+    limit = f"`window_length` must be at most {trained_length}, got {window_length}. " if named else ""
+    try:
+        before, after = _cached_at(model, 0), _cached_at(model, reach)
+        moved, allowed = _difference_when_moved(model, reach, reading.rounding)
+    except Exception as error:
+        raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
+    tolerance = 4 * (reading.rounding + reach * torch.finfo(torch.float32).eps)
+    for layer_idx, rotation in enumerate(reading.rotations):
+        for tensor, states in before[layer_idx].items():
+            turns = [rotation] if rotation is not None and rotation.tensor == tensor else []
+            left, found = _explain(states.cpu(), after[layer_idx][tensor].cpu(), reach, turns)
+            if left > tolerance or (turns and found is None and states.any()):
+                raise _unreadable(
+                    model,
+                    f"at position {reach} the keys of its layer {layer_idx} are turned otherwise than up to "
+                    f"{reading.reach}, so keys of both don't fit together.",
+                    limit,
+                )
+    if not moved <= allowed:
+        raise _not_relative(model, reach, moved, allowed, limit)
+    _readings[model] = replace(reading, reach=reach, stamp=_stamp(model))
+
+
+def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
+    """The error for a model that what it did on a few tokens speaks against, after the `limit` that would avoid it."""
+    training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
+    return ValueError(
+        f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}{training if model.training else ''}"
+    )
+
+
+def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], moved: float) -> None:
+    """Raise if what a model `cached` of a few tokens, or how far what it gave `moved`, is NaN or infinite."""
+    seen = [
+        f"the keys and values of its layer {layer_idx}"
+        for layer_idx, layer in enumerate(cached)
+        if not all(states.isfinite().all() for states in layer.values())
+    ]
+    if seen or math.isnan(moved):
+        raise _unreadable(
+            model,
+            f"{(seen or ['its logits'])[0]} are NaN or infinite for a few tokens, off which its rotation is read. Look "
+            "at its weights, or load it in a wider dtype.",
+        )
+
+
+def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: float, limit: str = "") -> ValueError:
+    """The error for a model that gives something else where tokens are `distance` further on; `limit` as above."""
+    reason = (
+        "what its tokens see of each other changes when all move by the same distance, and a stream moves them to keep "
+        f"positions bounded. What four tokens give at positions up to {distance} differs by {moved:.2g} of its length "
+        f"from what they give at the first positions (rounding: {allowed:.2g})."
+    )
+    if any("nn.quantized.dynamic" in type(module).__module__ for module in model.modules()):
+        reason += (
+            " It has dynamically quantized layers, which round by all that they are given at once: quantize the "
+            "weights only."
+        )
+    return _unreadable(model, reason, limit)
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
-    tokens = torch.tensor([[vocabulary * part // 8] for part in (1, 3, 5, 7)], device=_device(model))
+    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
+    tokens = torch.tensor(tokens, dtype=torch.long, device=_device(model))
     cache = _own_cache(model.config)
     model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
     return _cached(cache)
@@ -314,7 +449,7 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
 def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Four rows of `length` tokens, int64."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.arange(4 * length, device=_device(model)).view(4, length) % vocabulary
+    return torch.arange(4 * length, dtype=torch.long, device=_device(model)).view(4, length) % vocabulary
 
 
 def _device(model: PreTrainedModel) -> torch.device:
@@ -323,36 +458,54 @@ def _device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def _dtypes(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> set[torch.dtype]:
+    """What attention is computed in: sines and cosines have the embedded tokens' dtype, whatever that of the keys."""
+    embedded = model.get_input_embeddings()(_some_tokens(model, 1))
+    return {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
+
+
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
     expected, actual = expected.float().flatten(1), actual.float().flatten(1)
-    return float(((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).min())
+    norms = expected.norm(dim=-1)
+    if not norms.any():
+        return float(actual.norm())
+    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
 
-def _is_relative(model: PreTrainedModel, distance: int) -> bool:
-    """Whether four tokens give the same wherever they are, the last of them at position `distance` at most."""
+def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
+    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
+
+    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
+    """
     if distance < 4:
-        return True
-    tokens = _some_tokens(model, 4)
-    positions = torch.arange(4, device=tokens.device).expand(4, 4)
-    here, one_on, there = (
-        model(
-            input_ids=tokens,
-            position_ids=positions + start,
-            past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
-            use_cache=True,
-        ).logits
-        for start in (0, 1, distance - 3)
-    )
+        return 0.0, 0.0
+    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
+    if not here.any():
+        here, one_on, there = (_logits_at(model, start, before_head=True) for start in (0, 1, distance - 3))
     noise = _difference(here, one_on)  # there, everything is rounded anew
-    rounding = distance * torch.finfo(torch.float32).eps + torch.finfo(model.dtype).eps
-    return _difference(here, there) <= 4 * (noise + rounding)
+    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
 
 
-def _attends_to_a_set(model: PreTrainedModel) -> bool:
+def _logits_at(model: PreTrainedModel, start: int, before_head: bool = False) -> torch.Tensor:
+    """What four rows of four tokens give from position `start` on: logits, 0 where ruled out, or the last states."""
+    tokens = _some_tokens(model, 4)
+    output = model(
+        input_ids=tokens,
+        position_ids=torch.arange(start, start + 4, dtype=torch.long, device=tokens.device).expand(4, 4),
+        past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
+        use_cache=True,
+        **({"output_hidden_states": True} if before_head else {}),
+    )
+    if before_head:
+        return output.hidden_states[-1]
+    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
+
+
+def _attends_to_a_set(model: PreTrainedModel, rounding: float) -> bool:
     """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
     tokens = _some_tokens(model, 17)
-    positions = torch.arange(17, device=tokens.device).expand(4, -1)
+    positions = torch.arange(17, dtype=torch.long, device=tokens.device).expand(4, -1)
     logits = []
     for reverse in (False, True):
         cache = _own_cache(model.config)
@@ -364,7 +517,7 @@ def _attends_to_a_set(model: PreTrainedModel) -> bool:
                 if reverse and getattr(layer, "keys", None) is not None:
                     layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
         logits.append(output.logits)
-    return _difference(*logits) <= max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    return _difference(*logits) <= max(1e-5, 4 * rounding)
 
 
 def _keeps_states(model: PreTrainedModel) -> bool:
@@ -372,18 +525,18 @@ def _keeps_states(model: PreTrainedModel) -> bool:
     return any(isinstance(layer, StateLayer) for layer in _own_layers(model))
 
 
-def _resumes(model: PreTrainedModel) -> bool:
+def _resumes(model: PreTrainedModel, rounding: float) -> bool:
     """Whether two tokens after seven leave the states of the model's layers as nine at once do."""
     if not _keeps_states(model):
         return True
     tokens = _some_tokens(model, 9)
-    positions = torch.arange(9, device=tokens.device).expand(4, -1)
+    positions = torch.arange(9, dtype=torch.long, device=tokens.device).expand(4, -1)
     whole, parts = _own_cache(model.config), _own_cache(model.config)
     for cache, part in ((whole, slice(0, 9)), (parts, slice(0, 7)), (parts, slice(7, 9))):
         model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
     # What a layer makes of it shows in the next one at the latest, and further on there is more noise.
     states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
-    noise = max(1e-4, 4 * torch.finfo(model.dtype).eps)
+    noise = max(1e-4, 4 * rounding)
     return all(
         float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
         for here, there in zip(map(_tensors, whole.layers[: states[:2][-1] + 1]), map(_tensors, parts.layers))
@@ -391,7 +544,7 @@ def _resumes(model: PreTrainedModel) -> bool:
     )
 
 
-def _counts(model: PreTrainedModel) -> bool:
+def _counts(model: PreTrainedModel, rounding: float) -> bool:
     """Whether a second token gets position 1 where the model, which keeps states, is given none."""
     if not _keeps_states(model):
         return True
@@ -401,7 +554,7 @@ def _counts(model: PreTrainedModel) -> bool:
         model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
         model(input_ids=tokens[:, 1:], past_key_values=cache, use_cache=True, **positions)
         keys.append([layer["keys"] for layer in _cached(cache) if layer][-1])
-    return _difference(*keys) <= 4 * torch.finfo(model.dtype).eps
+    return _difference(*keys) <= 4 * rounding
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
@@ -423,31 +576,53 @@ def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     That is each vector, and the angles of position 1 in each table of sines and cosines, `[positions, 2 * pairs]`.
     """
     for module in model.modules():
-        for tensor in [*module._buffers.values(), *vars(module).values()]:
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-                continue
-            if tensor.dim() == 1:
-                yield tensor.detach().to("cpu", torch.float64)
-            elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
-                first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
-                if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
-                    yield from (torch.atan2(first, second), torch.atan2(second, first))
+        yield from _frequencies_in(module)
+
+
+def _frequencies_in(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Those of one module, without its children."""
+    for tensor in [*module._buffers.values(), *vars(module).values()]:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dim() == 1:
+            yield tensor.detach().to("cpu", torch.float64)
+        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
+            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
+            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
+                yield from (torch.atan2(first, second), torch.atan2(second, first))
+
+
+def _turn_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
+    """Whether layers turn their keys alike, but for a cast that rounded their frequencies."""
+    return len(rotations) == len(others) and all(
+        (one is other)
+        or (
+            one is not None
+            and other is not None
+            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
+            and one.frequencies.shape == other.frequencies.shape
+            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
+        )
+        for one, other in zip(rotations, others)
+    )
 
 
 def _explain(
     before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
-) -> tuple[bool, Optional[Rotation]]:
-    """Whether `before` became `after` (`[batch, kv_heads, 1, head_dim]`) by a rotation, or by none, and by which."""
-    # Rounding of the keys, and of the angle, which models compute in float32.
-    tolerance = 4 * (torch.finfo(before.dtype).eps + distance * torch.finfo(torch.float32).eps)
+) -> tuple[float, Optional[Rotation]]:
+    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
+
+    Returns:
+        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't turn.
+    """
     before, after = before.float(), after.float()
 
     def error(rotation: Optional[Rotation]) -> float:
         turned = rotation.turn(before.clone(), [distance]) if rotation else before
-        return float((turned - after).norm() / after.norm())
+        return float((turned - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
     best = min([None, *candidates], key=error)
-    return error(best) <= tolerance, best
+    return error(best), best
 
 
 def _rope_parameters(config: Any) -> list[dict]:
@@ -656,7 +831,7 @@ class Ring:
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over `keys` and `values`."""
         self.keys, self.values = keys, values
-        self.rows = torch.arange(keys.shape[1], device=keys.device)
+        self.rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
         self.slots = torch.zeros_like(self.rows)
         _write_where_it_is(self.rows, self.slots)
 
@@ -735,7 +910,7 @@ class Evicted:
         """The same with other keys and values."""
         if self.keys is None:
             return self
-        return dataclasses.replace(self, keys=function(self.keys), values=function(self.values))
+        return replace(self, keys=function(self.keys), values=function(self.values))
 
 
 class SinkLayer(CacheLayerMixin):
@@ -814,7 +989,7 @@ class SinkLayer(CacheLayerMixin):
         evicted = Evicted(plan.start + plan.length, plan.length)
         gone = slice(keys.shape[2] - self.ring.window.recent)
         if plan.sees_copies and gone.stop > 0:  # of the recent tokens and the new ones, the last `recent` stay
-            evicted = dataclasses.replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
+            evicted = replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
         self._write(key_states, value_states, plan, self._recorded(evicted))
         if plan.sees_copies and self.ring.window.num_sinks > 0:
             key_copies, value_copies = self._sink_copies(plan)
@@ -873,7 +1048,7 @@ class SinkLayer(CacheLayerMixin):
         columns = before.columns + evicted.columns
         if before.keys is None or evicted.keys is None:
             latest = evicted if before.keys is None else before
-            return dataclasses.replace(latest, end=evicted.end, columns=columns)
+            return replace(latest, end=evicted.end, columns=columns)
         most = max(self.ring.window.recent, evicted.keys.shape[2])
         keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
         return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
@@ -975,6 +1150,21 @@ class Call:
 _claiming = threading.Lock()  # held while a call takes a cache into use
 
 
+class _WithoutGraph(torch.autograd.Function):
+    """Copies of `keys` and `values` off the slots, which know nothing of the graph of the states that went in."""
+
+    @staticmethod
+    def forward(ctx, keys: torch.Tensor, values: torch.Tensor, *states: torch.Tensor) -> tuple:
+        return keys.clone(), values.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> None:
+        raise ValueError(
+            "`backward` can't go through a bound `SinkCache`, which keeps no graph of its keys and values. Call the "
+            "model with a `DynamicCache`, or without `past_key_values`, where gradients are needed."
+        )
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -1015,6 +1205,8 @@ class SinkCache(Cache):
                 raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.")
         if window_length < 1:
             raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
+        if window_length > sys.maxsize:
+            raise ValueError(f"`window_length` must be at most {sys.maxsize}, got {window_length}.")
         if not 0 <= num_sink_tokens < window_length:
             raise ValueError(
                 f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
@@ -1079,59 +1271,79 @@ class SinkCache(Cache):
         """Read the rotation of every layer off `model` and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions. It is run on a few tokens, once in its life, and
-                nothing is changed on it; the cache does not keep it alive.
+            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
+                it is, and nothing is changed on it; the cache does not keep it alive.
 
         Returns:
             This cache.
 
         Raises:
-            ValueError: the cache is bound to another model or already holds tokens, or `model` can't be streamed.
+            ValueError: the cache is bound to another model, one whose keys and values are others; it holds tokens that
+                it took in unbound, or whose keys `model` has since come to turn otherwise; or `model` can't be
+                streamed.
         """
         model = _unwrapped(model)
-        bound_to = None if self._model is None else self._model()
-        if bound_to is model:
-            return self
         self._refuse_other_thread()
-        if bound_to is not None:
-            raise ValueError(
-                "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean nothing to "
-                "this one. Use a `SinkCache` for each model."
-            )
         if not self.is_bound and self.get_seq_length() > 0:
             raise ValueError(
                 f"The `SinkCache` in `past_key_values` was not bound when it took in its {self.get_seq_length()} "
                 "tokens. Call `bind(model)` before the first token, or `reset()` it."
             )
-        _refuse_model(model, self.window_length)
+        bound_to = None if self._model is None else self._model()
+        if bound_to is not model:
+            _refuse_model(model, self.window_length)
         with torch.autocast(_device(model).type, enabled=False):
             reading = read_model(model)
-        if self.is_bound:
-            _refuse_other_model(reading.fingerprint, self._fingerprint)
-        else:
-            self._rotations = reading.rotations
-            self._new_layers = _layers(model, self._window, reading)
-            self.layers = copy.deepcopy(self._new_layers)
-        self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
-        # Masks have the dtype of the states that they meet: a model's own `dtype` is that of its first parameter.
-        layouts = zip(self.layers, reading.slots)
-        self._mask_dtype = next(layout[0][1] for layer, layout in layouts if isinstance(layer, SinkLayer))
+        if bound_to is model and reading.rotations is self._rotations:
+            return self
+        slots = [(shape, dtype) for layer in reading.slots for shape, dtype, _ in layer]
+        nbytes = self.window_length * sum(shape[1] * shape[3] * dtype.itemsize for shape, dtype in slots)
+        if nbytes > sys.maxsize:
+            raise ValueError(
+                f"`window_length` is {self.window_length}, for which keys and values would take {nbytes} bytes, more "
+                "than a machine can address. Choose a shorter one."
+            )
+        layers = _layers(model, self._window, reading)
         # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
         # that no key meets it twice; low enough that float32 is exact about angles.
-        reaches = [getattr(layer, "sliding_window", 0) for layer in self.layers]
+        reaches = [getattr(layer, "sliding_window", 0) for layer in layers]
         ceiling = max(4 * self.window_length, 4096, *reaches)
-        self._trained_length = _trained_length(model.config) or ceiling
-        self._ceiling = max(self.window_length, min(ceiling, self._trained_length))
+        trained_length = _trained_length(model.config) or ceiling
+        ceiling = max(self.window_length, min(ceiling, trained_length))
+        _refuse_reach(model, reading, self.window_length, ceiling - 1)
+        if self.is_bound and bound_to is not model and not _are_alike(reading.fingerprint, self._fingerprint):
+            raise ValueError(
+                OTHER_MODEL
+                if bound_to is None
+                else "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
+                "nothing to this one. Use a `SinkCache` for each model."
+            )
+        if self.get_seq_length() > 0 and not _turn_alike(reading.rotations, self._rotations):
+            raise ValueError(
+                f"`model` turns its keys otherwise than for the {self.get_seq_length()} tokens that the `SinkCache` in "
+                "`past_key_values` holds, with which new ones would not fit together: its rotary embeddings are "
+                "others. `reset()` it, or use a new one."
+            )
+        self._rotations, self._new_layers = reading.rotations, layers
+        if self.get_seq_length() == 0:
+            self.layers = copy.deepcopy(layers)
+        for layer, rotation in zip(self.layers, reading.rotations):
+            if isinstance(layer, SinkLayer):
+                layer.ring.rotation = rotation
+        # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
+        dtypes = [dtype for layer in reading.slots for _, dtype, _ in layer]
+        self._mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
+        self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
+        self._trained_length, self._ceiling = trained_length, ceiling
         self._model = _ModelReference(model)
         return self
 
-    def _lend(self, model: PreTrainedModel, num_layers: int) -> None:
-        """Hold the first `num_layers` of the bound model, which `model` stands in for: of an early exit."""
+    def _keep_layers(self, number: int) -> None:
+        """Hold the first `number` layers only, for a model that exits early; before the first token."""
         reading = read_model(self._model())
-        self._rotations = reading.rotations[:num_layers]
-        reading = dataclasses.replace(reading, rotations=self._rotations, slots=reading.slots[:num_layers])
+        self._rotations = reading.rotations[:number]
+        reading = replace(reading, rotations=self._rotations, slots=reading.slots[:number])
         self._new_layers = _layers(self._model(), self._window, reading)
-        self._model = _ModelReference(model)
         self.reset()
 
     @property
@@ -1220,7 +1432,13 @@ class SinkCache(Cache):
         if not plan.prepared:
             self._refuse_unprepared(plan, key_states.shape[0])
         self.has_evicted |= plan.evicts
-        return layer.update(key_states, value_states, plan)
+        keys, values = layer.update(key_states, value_states, plan)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return keys, values
+        # A graph would keep the slots themselves, which the next update writes into.
+        if key_states.requires_grad or value_states.requires_grad:
+            return _WithoutGraph.apply(keys, values, key_states, value_states)
+        return keys.clone(), values.clone()
 
     def _refuse_unprepared(self, plan: UpdatePlan, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
@@ -1423,7 +1641,9 @@ class SinkCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.batch_select_indices(
+            torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu").repeat_interleave(repeats)
+        )
 
     @property
     def batch_size(self) -> int:
@@ -1563,7 +1783,13 @@ class SinkCache(Cache):
         self.settle()
         for ring in self._rings:  # as the model made them, which is all that there is to know
             ring.place_sinks([0])
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._fingerprint = _fingerprint_now(model)
         tensors, seen = {"fingerprint": self._fingerprint}, self.get_seq_length()
+        for layer_idx, rotation in enumerate(self._rotations):
+            if rotation is not None:
+                tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
         self.forget_unseen_ids()
         if self.latest_ids is not None and self.latest_ids.numel() > 0:
             tensors["latest_ids"] = self.latest_ids
@@ -1600,7 +1826,7 @@ class SinkCache(Cache):
         """
         state, tensors = _read_file(path)
         try:
-            state = _checked_state(state, tensors)
+            state, whole = _checked_state(state, tensors), tensors
             _refuse_damaged_ids(state, tensors.get("latest_ids"))
             fingerprint = tensors.get("fingerprint")
             _require(
@@ -1608,17 +1834,27 @@ class SinkCache(Cache):
                 "its `fingerprint` must be there, in float32, and finite",
             )
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-            _refuse_other_model(cache._fingerprint, fingerprint)
+            if not _are_alike(_fingerprint_now(model), fingerprint):
+                raise ValueError(OTHER_MODEL)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("frequencies.")}
             _refuse_damaged_layers(state, tensors, _layout(cache), cache.layers)
             _require(
-                state.get("checksum") in (None, _checksum(state, tensors)),
+                state.get("checksum") in (None, _checksum(state, whole)),
                 "something in it was changed after it was written: its checksum is another",
             )
+            held_by = [whole.get(f"frequencies.{layer_idx}") for layer_idx in range(len(cache._rotations))]
+            rotations = [
+                replace(rotation, frequencies=frequencies) if rotation and frequencies is not None else frequencies
+                for frequencies, rotation in zip(held_by, cache._rotations)
+            ]
+            says_how = any(frequencies is not None for frequencies in held_by)  # older files don't
+            if says_how and not _turn_alike(rotations, cache._rotations):
+                raise ValueError(OTHER_MODEL)
         except ValueError as error:
             raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
         cache.pads = state["pads"] if state["padding_known"] else None
         cache.offsets, cache.latest_end = state["offsets"], state["latest_end"]
-        cache.has_evicted = state.get("has_evicted", True)
+        cache.has_evicted = state["has_evicted"]
         cache.latest_ids = tensors.get("latest_ids")
         for layer_idx, layer in enumerate(cache.layers):
             held = {}
@@ -1629,13 +1865,15 @@ class SinkCache(Cache):
         return cache
 
 
-def _refuse_other_model(fingerprint: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise unless the fingerprints are the same model's, in whatever dtype."""
-    if fingerprint.shape != expected.shape or (fingerprint - expected).norm() > 0.1 * expected.norm():
-        raise ValueError(
-            "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this "
-            "one. Use the model that it was held with."
-        )
+OTHER_MODEL = (
+    "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
+    "the model that it was held with."
+)
+
+
+def _are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the fingerprints are the same model's, in whatever dtype."""
+    return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
 def _layers(model: PreTrainedModel, window: Window, reading: Reading) -> list:
@@ -1765,11 +2003,11 @@ class UnboundLayers:
 # The file of a conversation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A safetensors file with `keys.0`, `values.0`, ... of the layers, the model's `fingerprint`, and the `latest_ids`, if
-# any are known. Its metadata has one entry, `sink_cache`: the state of the cache, a JSON object with these fields.
+# A safetensors file with `keys.0`, `values.0`, ... of the layers, the `frequencies.0`, ... by which they turn, the model's
+# `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of the cache, a JSON object with these fields.
 FORMAT_VERSION = 1
 SAVED_NUMBERS = ("version", "window_length", "num_sink_tokens", "seen", "latest_end", "checksum")
-SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets"}
+SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets", "has_evicted"}
 # Until there were versions, a file had neither of these two.
 FIELDS_OF_VERSIONS = {"version", "checksum"}
 
@@ -1925,7 +2163,8 @@ def _checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any
     )
     if not FIELDS_OF_VERSIONS & state.keys():
         needed = SAVED_FIELDS - FIELDS_OF_VERSIONS
-        state = {**state, "pads": state.get("pads") or [0], "padding_known": state.get("pads") is not None}
+        pads = state.get("pads")
+        state = {**state, "pads": pads or [0], "padding_known": pads is not None, "has_evicted": True}
     missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - needed)
     _require(not missing, f"its metadata lacks {', '.join(missing)}")
     _require(not unknown, f"its metadata has entries that are not known here: {', '.join(unknown)}")
@@ -1949,7 +2188,8 @@ def _checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any
     for pad, offset in zip(pads, offsets):
         _require(pad < seen, f"its `pads` must leave a token of the {seen} seen, got {pad}")
         _require(pad + offset <= seen, f"its `offsets` must be at most the tokens of the row, got {offset}")
-    _require(isinstance(known, bool), f"its `padding_known` must be true or false, got {known!r}")
+    for name in ("padding_known", "has_evicted"):
+        _require(isinstance(state[name], bool), f"its `{name}` must be true or false, got {state[name]!r}")
     _require(known or pads == [0], f"its `pads` must be [0] where `padding_known` is false, got {pads}")
     return state
 
@@ -2242,8 +2482,8 @@ def _new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 
 def _natural_positions(cache: SinkCache, length: int) -> torch.Tensor:
     """Which tokens of their rows the next `length` columns are, negative for padding: int64 `[rows, length]`."""
-    start = cache.get_seq_length()
-    return torch.arange(start, start + length, device="cpu") - torch.tensor(cache.pads, device="cpu")[:, None]
+    start, pads = cache.get_seq_length(), torch.tensor(cache.pads, dtype=torch.long, device="cpu")[:, None]
+    return torch.arange(start, start + length, dtype=torch.long, device="cpu") - pads
 
 
 def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -2310,7 +2550,7 @@ def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str,
     if positions is None:
         positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
     if any(cache.offsets):
-        positions = positions - torch.tensor(cache.offsets, device=positions.device)[:, None]
+        positions = positions - torch.tensor(cache.offsets, dtype=torch.long, device=positions.device)[:, None]
     inputs["position_ids"] = positions
     if cache.static:
         # Strides that depend on how many tokens there were would have the code compiled again.
@@ -2472,21 +2712,26 @@ def _generate(model: PreTrainedModel, cache: SinkCache, prefill_progress: bool, 
     cache.bind(model)
     if end < cache.get_seq_length():
         cache.crop(max_length=end)
-    lent = _with_its_own_depth(model) if _setting(model, kwargs, "assistant_early_exit") else model
+    depth = _setting(model, kwargs, "assistant_early_exit")
+    lent = _with_its_own_depth(model) if depth else model
     synced = _is_synced(model, kwargs.get("synced_gpus"))
     stand_in = _streaming(lent, cache, columns, left_out, chunk_size, prefill_progress, synced)
+    if depth:
+        stand_in.generate = _drafting(model, cache._window, lent, depth).generate
+    return _decode(stand_in, cache, kwargs)
+
+
+def _decode(stand_in: PreTrainedModel, cache: SinkCache, kwargs: dict[str, Any]) -> Any:
+    """Run transformers' own decoding loop in `cache` on a stand-in for the model, which is of no use afterwards."""
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None}
-    stand_in.generation_config = _with(model.generation_config, **served)
+    stand_in.generation_config = _with(stand_in.generation_config, **served)
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
-    if lent is not model:
-        depth = _setting(model, kwargs, "assistant_early_exit")
-        stand_in.generate = _drafting(model, cache._window, lent, depth).generate
     recorded = cache.record_past
     try:
-        return type(model).generate(stand_in, past_key_values=cache, **kwargs)
+        return type(stand_in).generate(stand_in, past_key_values=cache, **kwargs)
     finally:
         cache.record_past = recorded
         cache.static, cache._slots_mask = False, None
@@ -2617,7 +2862,7 @@ def _drafting(
     except ValueError as error:
         raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
     if lent is not None:
-        cache._lend(lent, depth)
+        cache._keep_layers(depth)
     if not all(_can_record(layer) for layer in cache.layers):
         raise ValueError(
             f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens back "
@@ -2637,7 +2882,7 @@ def _draft(
     attention_mask: Optional[torch.Tensor] = None,
     **kwargs,
 ) -> Any:
-    """What `assistant` says after `input_ids` (int64 `[1, tokens]`): its own `generate`, in `cache`.
+    """What `assistant`, which `cache` is bound to, says after `input_ids` (int64 `[1, tokens]`).
 
     What it drafted before and the model did not take is known by its tokens, and taken back first.
     """
@@ -2653,19 +2898,12 @@ def _draft(
         cache.record_past = True
     for name in ("past_key_values", "position_ids", "cache_position"):
         kwargs.pop(name, None)
-    # Releases from 4.55 to 5.x ask for a cache here that keeps all of what slides.
-    kwargs["generation_config"] = _with(kwargs["generation_config"], cache_implementation=None)
     most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
     if kwargs.get("min_new_tokens") is not None:
         kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
-    output = generate(
-        assistant,
-        past_key_values=cache,
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=most,
-        **kwargs,
-    )
+    kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
+    stand_in = _streaming(assistant, cache, length, 0, None, prefill_progress=False, synced=False)
+    output = _decode(stand_in, cache, kwargs)
     output.past_key_values = None  # transformers would crop it by its own count
     return output
 

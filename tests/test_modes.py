@@ -1,11 +1,12 @@
 """Modes of torch and accelerate that a program may be in, or only in some turns: a stream is the same in all."""
 
+import ast
 import copy
 
 import accelerate
 import pytest
 import torch
-from helpers import answer, difference, left_padded, oracle, prompt, small_model
+from helpers import ROOT, answer, difference, left_padded, oracle, prompt, small_model
 
 from custom_generate.generate import SinkCache, generate
 
@@ -73,6 +74,35 @@ def test_another_device_by_default():
         assert torch.equal(generate(model, 16, 4, input_ids=ids, **settings), alike)
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_dtype_by_default(dtype, tmp_path):
+    settings = dict(max_new_tokens=40, do_sample=False)  # past a window of 16, and the trained length of 20
+    batches = [dict(input_ids=prompt(9)), left_padded([prompt(9), prompt(30), prompt(9)])]
+    expected = [generate(small_model(max_position_embeddings=20), 16, 4, **inputs, **settings) for inputs in batches]
+    model = small_model(max_position_embeddings=20)
+    torch.set_default_dtype(dtype)
+    try:
+        for inputs, tokens in zip(batches, expected):
+            cache = SinkCache(16, 4)
+            assert torch.equal(generate(model, past_key_values=cache, **inputs, **settings), tokens)
+            assert {ring.sinks.dtype for ring in cache._rings} == {torch.float32}
+            assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+            cache.save(tmp_path / "conversation")
+            SinkCache.load(tmp_path / "conversation", model).batch_repeat_interleave(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_every_tensor_that_is_made_says_its_dtype_and_device():
+    tree = ast.parse((ROOT / "custom_generate/generate.py").read_text())
+    makers = {"tensor", "zeros", "ones", "empty", "full", "arange"}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    made = [call for call in calls if ast.unparse(call.func) in {f"torch.{maker}" for maker in makers}]
+    assert len(made) > 10
+    for call in made:
+        assert {"dtype", "device"} <= {keyword.arg for keyword in call.keywords}, ast.unparse(call)
 
 
 @pytest.mark.parametrize("read", ["before", "after"])

@@ -24,6 +24,8 @@ ARGUMENTS = [
     (dict(window_length=16.0), TypeError, "`window_length` must be an int.*16.0"),
     (dict(window_length=True), TypeError, "`window_length` must be an int.*True"),
     (dict(window_length=0), ValueError, "`window_length` must be at least 1, got 0"),
+    (dict(window_length=2**63), ValueError, f"`window_length` must be at most {2**63 - 1}, got {2**63}"),
+    (dict(window_length=2**64, num_sink_tokens=2**63), ValueError, f"`window_length` must be at most {2**63 - 1}"),
     (dict(window_length=-5), ValueError, "`window_length` must be at least 1, got -5"),
     (dict(num_sink_tokens="4"), TypeError, "`num_sink_tokens` must be an int.*'4'"),
     (dict(num_sink_tokens=1.5), TypeError, "`num_sink_tokens` must be an int.*1.5"),
@@ -108,7 +110,9 @@ def test_a_turn_whose_mask_is_not_that_of_the_turn_before(mask, message):
 
 def test_a_cache_of_another_model():
     one, other = small_model(), small_model()
+    other.model.layers[2].self_attn.k_proj.weight.data *= -1
     cache = SinkCache(16, 4).bind(one)
+    SinkCache(16, 4).bind(other)  # reads the rotation
     passes = forward_passes(other)
     for refused in (lambda: generate(other, input_ids=prompt(5), past_key_values=cache), lambda: cache.bind(other)):
         with pytest.raises(ValueError, match="`past_key_values` is bound to another model"):
@@ -384,3 +388,53 @@ def test_a_window_longer_than_unchanging_frequencies():
 def test_the_old_class():
     with pytest.raises(TypeError, match="`past_key_values` must be this repository's `SinkCache`, got transformers"):
         generate(small_model(), input_ids=prompt(5), past_key_values=transformers.SinkCache(16, 4))
+
+
+@pytest.mark.parametrize("window_length", [2**63 - 1, 2**62, 2**56])
+def test_a_window_that_no_machine_has_room_for(window_length):
+    model, cache = small_model(), SinkCache(window_length, 4)
+    SinkCache(16, 4).bind(model)  # reads the rotation
+    passes = forward_passes(model)
+    with pytest.raises(
+        ValueError, match=rf"`window_length` is {window_length}, .* would take {window_length * 768} bytes"
+    ):
+        generate(model, input_ids=prompt(5), past_key_values=cache, max_new_tokens=5)
+    assert passes == [] and not cache.is_bound
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [5, 1], [20, 1, 1], [5, 3]], ids=str)
+def test_gradients_through_a_bound_cache(lengths):
+    model, cache = small_model(), SinkCache(32, 4)
+    cache.bind(model)
+    for length in lengths:
+        logits = model(**cache.prepare_inputs(prompt(length))).logits
+    with pytest.raises(ValueError, match="`backward` can't go through a bound `SinkCache`.*`DynamicCache`"):
+        logits.sum().backward()
+    assert cache.get_seq_length() == sum(lengths)
+    with torch.no_grad():  # nothing was lost
+        assert torch.equal(model(**cache.prepare_inputs(prompt(1))).logits, plain_logits(lengths))
+
+
+def plain_logits(lengths: list[int]) -> torch.Tensor:
+    """Those of a token more, without a thought of gradients."""
+    model, cache = small_model(), SinkCache(32, 4)
+    cache.bind(model)
+    with torch.no_grad():
+        for length in [*lengths, 1]:
+            logits = model(**cache.prepare_inputs(prompt(length))).logits
+    return logits
+
+
+def test_gradients_that_pass_by_a_bound_cache():
+    """Of what only queries depend on, as an adapter of the last layer's."""
+    gradients = []
+    for cache in (SinkCache(32, 4), DynamicCache()):
+        model = small_model().requires_grad_(False)
+        weight = model.model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
+        for ids in prompt(12).split([10, 1, 1], dim=1):
+            inputs = dict(input_ids=ids, past_key_values=cache)
+            model(
+                **cache.bind(model).prepare_inputs(ids) if isinstance(cache, SinkCache) else inputs
+            ).logits.sum().backward()
+        gradients.append(weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5) and gradients[0].any()
