@@ -1614,8 +1614,13 @@ def _refuse_other_positions(cache: SinkCache, positions: Optional[torch.Tensor])
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# The arguments of `generate` that may be positional by hand, in order.
+OWN_ARGUMENTS = ("model", "window_length", "num_sink_tokens", "prefill_progress")
+
+
 def generate(
-    model: PreTrainedModel,
+    *args,
+    model: Optional[PreTrainedModel] = None,
     window_length: Optional[int] = None,
     num_sink_tokens: Optional[int] = None,
     prefill_progress: bool = False,
@@ -1623,11 +1628,15 @@ def generate(
 ) -> Any:
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
 
+    By hand it is called as `generate(model, window_length, num_sink_tokens, prefill_progress, **kwargs)`. A model that
+    was loaded from a repository with this file has it as its own `generate`, which takes the prompt first, as ever.
+
     As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
     `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, flash attention, or a
     model that can't be one graph; and not with `disable_compile`.
 
     Args:
+        args: `model` and those after it, by hand; where `model` is given by name, what its class's `generate` takes.
         model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),
             also in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
@@ -1651,6 +1660,9 @@ def generate(
         ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
             generation, and leave what was passed as it was.
     """
+    if args:
+        own = (model, window_length, num_sink_tokens, prefill_progress)
+        return generate(**_named(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     model = _unwrapped(model)
     _refuse_arguments(model, kwargs)
@@ -1679,6 +1691,34 @@ def generate(
         vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
+
+
+def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` of a call of `generate`, and its positional `args` by their names.
+
+    Raises:
+        TypeError: there are too many, or one of them also stands in `kwargs`.
+    """
+    if kwargs["model"] is not None:
+        names = _positional_names(type(_unwrapped(kwargs["model"])))
+    else:
+        names = OWN_ARGUMENTS
+    if len(args) > len(names):
+        raise TypeError(f"`generate` takes {len(names)} arguments by position ({', '.join(names)}), got {len(args)}.")
+    named = dict(zip(names, args))
+    for name in named:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise TypeError(f"`{name}` was given twice, by position and by name. Leave one of them out.")
+    return kwargs | named
+
+
+def _positional_names(model_class: type) -> list[str]:
+    """The arguments that `generate` of the class takes by position; transformers' own if it doesn't name them."""
+    for function in (model_class.generate, transformers.GenerationMixin.generate):
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            break
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:

@@ -126,6 +126,39 @@ def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
     assert torch.equal(again.generate(**call), expected)
 
 
+@pytest.mark.parametrize("door", ["folder", "hub"])
+def test_a_prompt_by_position_on_a_model_that_carries_it(door, carrier):
+    name = loadable(carrier) if door == "folder" else "you/my_model"
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    settings = dict(max_new_tokens=60, do_sample=False)
+    config = GenerationConfig(**settings, pad_token_id=0)
+    expected = model.generate(input_ids=prompt(5), **settings)
+    assert torch.equal(model.generate(prompt(5), **settings), expected)
+    assert torch.equal(copy.deepcopy(model).generate(prompt(5), **settings), expected)
+    by_config = model.generate(inputs=prompt(5), generation_config=config)
+    assert torch.equal(model.generate(prompt(5), config), by_config)
+    assert torch.equal(model.generate(prompt(5), config, window_length=16, num_sink_tokens=4), by_config)
+    # By hand too, it takes what its own `generate` takes only if it comes by name.
+    assert torch.equal(generate(prompt(5), model=model, window_length=16, num_sink_tokens=4, **settings), expected)
+    assert torch.equal(generate(model, 16, 4, False, input_ids=prompt(5), **settings), expected)
+    for args, kwargs, message in (
+        ((prompt(5),), dict(inputs=prompt(5)), "`inputs` was given twice"),
+        ((prompt(5),) * 20, {}, "arguments by position.*got 20"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model.generate(*args, **settings, **kwargs)
+
+
+def test_arguments_by_position_by_hand(model):
+    for args, kwargs, message in (
+        ((model, 16), dict(window_length=16), "`window_length` was given twice"),
+        ((model, 16, 4, False, prompt(5)), {}, "takes 4 arguments by position.*got 5"),
+        ((), {}, "`model` must be a transformers `PreTrainedModel`"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            generate(*args, input_ids=prompt(5), **kwargs)
+
+
 # --- pipeline
 
 
