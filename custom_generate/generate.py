@@ -1697,10 +1697,17 @@ def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` of a call of `generate`, and its positional `args` by their names.
 
     Raises:
-        TypeError: there are too many, or one of them also stands in `kwargs`.
+        TypeError: there are too many, or one of them also stands in `kwargs`; or transformers calls `generate` as the
+            decoding loop of one of its own.
     """
     if kwargs["model"] is not None:
         names = _positional_names(type(_unwrapped(kwargs["model"])))
+    elif len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].dim() > 0:
+        raise TypeError(
+            "`custom_generate` must be the name or the folder of this repository, not its function `generate`: "
+            "transformers takes a function for a decoding loop, and hands it a prompt and a cache already made. Call "
+            "the function by hand with the prompt by name, `generate(model, window_length, input_ids=...)`."
+        )
     else:
         names = OWN_ARGUMENTS
     if len(args) > len(names):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, loadable, prompt, seeded, small_model
+from helpers import RELEASE, ROOT, loadable, prompt, seeded, small_model
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from custom_generate.generate import SinkCache, generate
@@ -157,6 +158,22 @@ def test_arguments_by_position_by_hand(model):
     ):
         with pytest.raises(TypeError, match=message):
             generate(*args, input_ids=prompt(5), **kwargs)
+
+
+# --- the function itself
+
+
+@pytest.mark.skipif(
+    RELEASE < Version("4.57"),
+    reason="transformers<4.56 takes no function in `custom_generate`, and 4.56 passes one no arguments of its own",
+)
+@pytest.mark.parametrize("arguments", [{}, CALL], ids=["no window", "a window"])
+def test_the_function_itself_is_no_name_of_a_repository(model, arguments):
+    passes = []
+    model.register_forward_pre_hook(lambda *args: passes.append(args))
+    with pytest.raises(TypeError, match="`custom_generate` must be the name or the folder of this repository"):
+        model.generate(prompt(5), custom_generate=generate, **arguments)
+    assert passes == []
 
 
 # --- pipeline
