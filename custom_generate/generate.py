@@ -1348,11 +1348,9 @@ GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 def _streaming(
-    model: PreTrainedModel, cache: SinkCache, left_out: int, prefill_chunk_size: Optional[int], prefill_progress: bool
+    model: PreTrainedModel, cache: SinkCache, prefill_chunk_size: Optional[int], prefill_progress: bool
 ) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
-
-    The ids of the call leave out the first `left_out` columns of the conversation.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
@@ -1361,9 +1359,20 @@ def _streaming(
     stand_in.__dict__.update(model.__dict__)
     # A model loaded from a repository that carries this file has `generate` below in its own place.
     stand_in.__dict__.pop("generate", None)
-    prepare = model.prepare_inputs_for_generation
+    stand_in.__dict__["_streamed"] = (model, cache)
+    prepare_model, prepare = model._prepare_model_inputs, model.prepare_inputs_for_generation
     update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
     begun = compiled = False
+    left_out = 0  # columns of the conversation before the ids
+
+    def prepare_model_inputs(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
+        """As ever. It is the first that sees what the loop was given, by a `generate` of the model's own perhaps."""
+        nonlocal begun, left_out
+        if model_kwargs.get("past_key_values") is cache:
+            columns, left_out, start = _columns({"inputs": inputs} | model_kwargs)
+            _refuse_other_columns(cache, columns, start)
+            begun = False
+        return prepare_model(inputs, bos_token_id, model_kwargs)
 
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -1425,6 +1434,7 @@ def _streaming(
 
         return compiled_call
 
+    stand_in._prepare_model_inputs = prepare_model_inputs
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
     stand_in._update_model_kwargs_for_generation = update_model_kwargs
     stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
@@ -1665,7 +1675,17 @@ def generate(
         return generate(**_named(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     model = _unwrapped(model)
+    loop = _generate_behind(model)
     _refuse_arguments(model, kwargs)
+    stand_in, (model, streamed) = model, vars(model).get("_streamed", (model, None))
+    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
+    kwargs.pop("prefill_chunk_size", None)
+    served = {"prefill_chunk_size": None, "cache_implementation": None}
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
+    if streamed is not None and kwargs.get("past_key_values") is streamed:
+        return loop.__get__(stand_in)(**kwargs)  # an override that asks for a stream by itself, called by hand
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
@@ -1673,24 +1693,56 @@ def generate(
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
         _refuse_cache(cache, window)
-    columns, left_out, start = _columns(kwargs)
-    _refuse_other_columns(cache, columns, start)
-    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    if loop.__module__.startswith("transformers.generation"):  # else nobody knows yet what it will be given
+        columns, _, start = _columns(kwargs)
+        _refuse_other_columns(cache, columns, start)
     cache.bind(model)
-    stand_in = _streaming(model, cache, left_out, chunk_size, prefill_progress)
-    # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
-    kwargs.pop("prefill_chunk_size", None)
-    served = {"prefill_chunk_size": None, "cache_implementation": None}
+    stand_in, seen = _streaming(model, cache, chunk_size, prefill_progress), cache.get_seq_length()
     stand_in.generation_config = _with(model.generation_config, **served)
-    if kwargs.get("generation_config") is not None:
-        kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
     try:
-        return type(model).generate(stand_in, past_key_values=cache, **kwargs)
+        output = loop.__get__(stand_in)(past_key_values=cache, **kwargs)
+        if cache.get_seq_length() == seen:
+            raise ValueError(
+                f"`model` ({type(model).__name__}) has a `generate` of its own that did not hand `past_key_values` on "
+                "to that of transformers, so nothing was streamed. Have it pass on the arguments that it doesn't know."
+            )
+        return output
     finally:
         cache.static, cache._slots_mask = False, None
         vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
         if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
+
+
+def _generate_behind(model: PreTrainedModel) -> Callable:
+    """The `generate` among those of the model's class and its bases that a stream goes on in, not yet bound.
+
+    A class may have a `generate` of its own, which ends in that of the class behind it, and at last in transformers'.
+    It has begun if `custom_generate`, or it itself, led here: then what is behind it follows. By hand, and where this
+    file came with the model, it is yet to run. One set on the model alone is left out there: it may hold the model.
+    """
+    classes = [cls for cls in type(model).__mro__ if "generate" in vars(cls)]
+    codes = [getattr(inspect.unwrap(vars(cls)["generate"]), "__code__", None) for cls in classes]
+    caller = frame = inspect.currentframe().f_back.f_back  # of `generate`
+    frames = []
+    # A loop that has got further than to call this calls it for another generation, as of a logits processor.
+    while frame is not None and (frame is caller or frame.f_code is not codes[-1]):
+        frames.append(frame)
+        frame = frame.f_back
+    begun = 0
+    for frame in reversed(frames):
+        if frame.f_code in codes[begun:] and _first_argument(frame) is model:
+            begun = codes.index(frame.f_code, begun) + 1
+    if begun == len(classes):  # transformers' own, which calls functions for `custom_generate` under its decorators
+        return inspect.unwrap(vars(classes[-1])["generate"])
+    return vars(classes[begun])["generate"]
+
+
+def _first_argument(frame: Any) -> Any:
+    """What the function of the frame was called with first."""
+    names = frame.f_code.co_varnames
+    value = frame.f_locals.get(names[0]) if names else None
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -1722,17 +1774,17 @@ def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _positional_names(model_class: type) -> list[str]:
     """The arguments that `generate` of the class takes by position; transformers' own if it doesn't name them."""
     for function in (model_class.generate, transformers.GenerationMixin.generate):
-        parameters = list(inspect.signature(function).parameters.values())[1:]
+        parameters = inspect.signature(function).parameters.values()
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             break
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The model of transformers that `model` is, or that `torch.compile` or peft put their wrapper around.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is none, or none that generates.
         ValueError: peft would put learned tokens or keys before the prompt.
     """
     inner = getattr(model, "_orig_mod", model)
@@ -1740,6 +1792,11 @@ def _unwrapped(model: Any) -> PreTrainedModel:
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    if not hasattr(type(inner), "generate"):
+        raise TypeError(
+            f"`model` must be one that generates, got {type(inner).__name__}, which has no `generate`. Load the model "
+            "with its language modeling head."
+        )
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
         if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
