@@ -1681,7 +1681,7 @@ def generate(
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
-    served = {"prefill_chunk_size": None, "cache_implementation": None}
+    served = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
     if streamed is not None and kwargs.get("past_key_values") is streamed:
@@ -1826,18 +1826,32 @@ def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
+
+    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
+    """
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    asked = getattr(kwargs.get("generation_config"), name, None)
+    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
+    return None if asked in [getattr(config, name, None) for config in files] else asked
+
+
 def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `generate` that a stream can't serve."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    use_cache = kwargs.get("use_cache")
-    unused = any(getattr(config, "use_cache", None) is False for config in configs)
-    if use_cache is False or (use_cache is None and unused):
+    if _asked_for(model, kwargs, "use_cache") is False:
         raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
-    for source in (kwargs.get("cache_implementation"), getattr(configs[0], "cache_implementation", None)):
-        if source is not None:
-            raise ValueError(
-                f"`cache_implementation` must not be given, got {source!r}: the cache is a `SinkCache`. Leave it out."
-            )
+    implementation = _asked_for(model, kwargs, "cache_implementation")
+    if implementation is not None:
+        raise ValueError(
+            f"`cache_implementation` must not be given, got {implementation!r}: the cache is a `SinkCache`. Leave it "
+            "out."
+        )
+    if _asked_for(model, kwargs, "return_legacy_cache"):
+        raise ValueError(
+            "`return_legacy_cache` must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha"):
         if _setting(model, kwargs, name):
             raise ValueError(
