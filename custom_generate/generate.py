@@ -65,6 +65,15 @@ else:
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
 
+# Decoding modes that the release no longer has itself, but loads from repositories of the Hub: by the argument that
+# asks for each.
+MOVED_MODES = {}
+if RELEASE >= (4, 56):
+    MOVED_MODES |= {"dola_layers": "DoLa"}
+if RELEASE >= (4, 57):
+    MOVED_MODES |= {"num_beam_groups": "group beam search", "constraints": "constrained beam search"}
+    MOVED_MODES |= {"force_words_ids": "constrained beam search"}
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and every release what says where on the Hub.
@@ -1857,6 +1866,13 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"`{name}` asks for a decoding mode that takes tokens back, which a `SinkCache` can't: the tokens that "
                 "they evicted are gone. Leave it out."
+            )
+    for name, mode in MOVED_MODES.items():
+        value = _setting(model, kwargs, name)
+        if value is not None and value != 1:  # as one group of beams
+            raise ValueError(
+                f"`{name}` asks for {mode}, which transformers {transformers.__version__} loads from a repository of "
+                "its own, and a stream is another. Leave it out."
             )
     if kwargs.get("position_ids") is not None:
         raise ValueError(
