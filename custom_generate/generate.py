@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import json
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -761,6 +762,16 @@ class _ModelReference(weakref.ref):
         return type(None), ()
 
 
+def _integer(name: str, value: Any) -> int:
+    """The number of tokens that `value` is, of whatever type of integers; TypeError if it is none."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.") from None
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -789,16 +800,15 @@ class SinkCache(Cache):
             order of the sequence if unbound, and as stored if bound.
 
     Raises:
-        TypeError: an argument is no `int`.
+        TypeError: an argument is no integer.
         ValueError: not `0 <= num_sink_tokens < window_length`.
     """
 
     is_compileable = False  # but in `generate`, which prepares each step: see `_streaming`
 
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
-        for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.")
+        window_length = _integer("window_length", window_length)
+        num_sink_tokens = _integer("num_sink_tokens", num_sink_tokens)
         if window_length < 1:
             raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
         if not 0 <= num_sink_tokens < window_length:
@@ -1370,17 +1380,18 @@ def _streaming(
     stand_in.__dict__.pop("generate", None)
     stand_in.__dict__["_streamed"] = (model, cache)
     prepare_model, prepare = model._prepare_model_inputs, model.prepare_inputs_for_generation
+    prepare_length, get_criteria = model._prepare_generated_length, model._get_stopping_criteria
     update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
     begun = compiled = False
-    left_out = 0  # columns of the conversation before the ids
+    left_out, mask_given = 0, False  # columns of the conversation before the ids, and whether its mask came with them
 
     def prepare_model_inputs(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """As ever. It is the first that sees what the loop was given, by a `generate` of the model's own perhaps."""
-        nonlocal begun, left_out
+        nonlocal begun, left_out, mask_given
         if model_kwargs.get("past_key_values") is cache:
             columns, left_out, start = _columns({"inputs": inputs} | model_kwargs)
             _refuse_other_columns(cache, columns, start)
-            begun = False
+            begun, mask_given = False, model_kwargs.get("attention_mask") is not None
         return prepare_model(inputs, bos_token_id, model_kwargs)
 
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
@@ -1392,7 +1403,7 @@ def _streaming(
         prompt, begun = not begun, True
         cache.static = compiled and not prompt
         if prompt:
-            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
+            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask"), mask_given))
             _refuse_other_conversation(cache, input_ids, end)
         elif kwargs.get("position_ids") is None:  # until 5.3, made of the mask that `update_model_kwargs` takes away
             kwargs["position_ids"] = _natural_positions(cache, 1).to(input_ids.device).expand(len(input_ids), -1)
@@ -1420,6 +1431,22 @@ def _streaming(
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
 
+    def prepare_generated_length(generation_config: Any, input_ids_length: int, **kwargs) -> Any:
+        """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
+        length = generation_config.max_length
+        config = prepare_length(generation_config=generation_config, input_ids_length=input_ids_length, **kwargs)
+        if kwargs["has_default_max_length"] and config.max_new_tokens is None and config.max_length > length:
+            config.max_length = length + input_ids_length
+        return config
+
+    def get_stopping_criteria(*args, **kwargs) -> list:
+        """As ever, without the warning that quality degrades past a length: the positions of a stream are bounded."""
+        given, criteria = kwargs.get("stopping_criteria") or [], get_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, transformers.MaxLengthCriteria) and not any(criterion is its for its in given):
+                criterion.max_position_embeddings = None
+        return criteria
+
     def valid_auto_compile_criteria(model_kwargs: dict[str, Any], *args) -> bool:
         """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
         nonlocal compiled
@@ -1446,6 +1473,8 @@ def _streaming(
     stand_in._prepare_model_inputs = prepare_model_inputs
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
     stand_in._update_model_kwargs_for_generation = update_model_kwargs
+    stand_in._prepare_generated_length = prepare_generated_length
+    stand_in._get_stopping_criteria = get_stopping_criteria
     stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
     stand_in.get_compiled_call = get_compiled_call
     return stand_in
@@ -1530,12 +1559,21 @@ def _chunks(cache: SinkCache, length: int, prefill_chunk_size: Optional[int]) ->
     return chunks
 
 
-def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
-    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree."""
+def _left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
+    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree.
+
+    Not `given`, it is what transformers made of the pad tokens in the prompt.
+    """
     if attention_mask is None:
         return [0]
     attended = attention_mask.bool()
     if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+        if not given:
+            raise ValueError(
+                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
+                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
+                "text, and pad on the left if not."
+            )
         raise ValueError(
             "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
             'each row. Set `padding_side="left"` on the tokenizer.'
@@ -1688,6 +1726,7 @@ def generate(
     _refuse_arguments(model, kwargs)
     stand_in, (model, streamed) = model, vars(model).get("_streamed", (model, None))
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    chunk_size = None if chunk_size is None else operator.index(chunk_size)
     # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
     kwargs.pop("prefill_chunk_size", None)
     served = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
@@ -1879,13 +1918,29 @@ def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
         )
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+    try:
+        valid = chunk_size is None or _integer("prefill_chunk_size", chunk_size) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
 def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
     """How many columns the conversation has that a call of `generate` goes on from; how many of them its ids leave out,
-    and how many its ids and embeddings do."""
+    and how many its ids and embeddings do.
+
+    Raises:
+        ValueError: there is a prompt without a token.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
+    if given and not any(tensor.numel() for tensor in given.values()):
+        name, tensor = next(iter(given.items()))
+        raise ValueError(
+            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
+            "tokenizer's `bos_token_id` where there is no text yet."
+        )
     ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
     given, embedded, masked = (
         0 if tensor is None else tensor.shape[1]
@@ -1901,8 +1956,8 @@ def _refuse_other_columns(cache: SinkCache, columns: int, start: int) -> None:
     if 0 < columns <= seen:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
-            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. To "
-            "start another one, `reset()` it."
+            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. "
+            "Don't crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
         )
     if seen < start < columns:
         raise ValueError(
