@@ -83,6 +83,15 @@ COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
 # What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
 CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
 
+# Decoding modes that the release no longer has itself, but loads from repositories of the Hub: by the argument that
+# asks for each.
+MOVED_MODES = {}
+if RELEASE >= (4, 56):
+    MOVED_MODES |= {"dola_layers": "DoLa"}
+if RELEASE >= (4, 57):
+    MOVED_MODES |= {"num_beam_groups": "group beam search", "constraints": "constrained beam search"}
+    MOVED_MODES |= {"force_words_ids": "constrained beam search"}
+
 # What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and every release what says where on the Hub.
@@ -1165,6 +1174,16 @@ class _WithoutGraph(torch.autograd.Function):
         )
 
 
+def _integer(name: str, value: Any) -> int:
+    """The number of tokens that `value` is, of whatever type of integers; TypeError if it is none."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.") from None
+
+
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
@@ -1193,16 +1212,15 @@ class SinkCache(Cache):
             order of the sequence if unbound, and as stored if bound.
 
     Raises:
-        TypeError: an argument is no `int`.
+        TypeError: an argument is no integer.
         ValueError: not `0 <= num_sink_tokens < window_length`.
     """
 
     is_compileable = False  # but in `generate`, which prepares each step: see `_streaming`
 
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
-        for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.")
+        window_length = _integer("window_length", window_length)
+        num_sink_tokens = _integer("num_sink_tokens", num_sink_tokens)
         if window_length < 1:
             raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
         if window_length > sys.maxsize:
@@ -2003,8 +2021,9 @@ class UnboundLayers:
 # The file of a conversation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A safetensors file with `keys.0`, `values.0`, ... of the layers, the `frequencies.0`, ... by which they turn, the model's
-# `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of the cache, a JSON object with these fields.
+# A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys turn, the
+# model's `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of
+# the cache, a JSON object with these fields.
 FORMAT_VERSION = 1
 SAVED_NUMBERS = ("version", "window_length", "num_sink_tokens", "seen", "latest_end", "checksum")
 SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets", "has_evicted"}
@@ -2280,16 +2299,13 @@ def _stand_in(module: torch.nn.Module) -> Any:
 def _streaming(
     model: PreTrainedModel,
     cache: SinkCache,
-    columns: int,
-    left_out: int,
     prefill_chunk_size: Optional[int],
     prefill_progress: bool,
     synced: bool,
 ) -> PreTrainedModel:
     """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
 
-    The conversation has `columns`, of which the ids of the call leave out the first `left_out`. `synced` is for a
-    `SyncedRank`.
+    `synced` is for a `SyncedRank`.
 
     Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
     is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
@@ -2297,9 +2313,24 @@ def _streaming(
     stand_in = _stand_in(model)
     # A model loaded from a repository that carries this file has `generate` below in its own place.
     stand_in.__dict__.pop("generate", None)
-    prepare = model.prepare_inputs_for_generation
+    stand_in.__dict__ |= {"_streamed": (model, cache), "_handed_on": False}
+    prepare_model, prepare = model._prepare_model_inputs, model.prepare_inputs_for_generation
+    prepare_length, get_criteria = model._prepare_generated_length, model._get_stopping_criteria
     update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
     begun = compiled = False
+    # Of the conversation: its columns, those of them before the ids, and whether its mask came with them.
+    columns, left_out, mask_given = 0, 0, False
+
+    def prepare_model_inputs(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
+        """As ever. It is the first that sees what the loop was given, by a `generate` of the model's own perhaps."""
+        nonlocal begun, columns, left_out, mask_given
+        if model_kwargs.get("past_key_values") is cache:
+            columns, left_out, end = _columns_in_common(cache, {"inputs": inputs} | model_kwargs)
+            if end < cache.get_seq_length():
+                cache.crop(max_length=end)
+            stand_in._handed_on = True
+            begun, mask_given = False, model_kwargs.get("attention_mask") is not None
+        return prepare_model(inputs, bos_token_id, model_kwargs)
 
     @functools.wraps(prepare)  # transformers looks up the arguments that it takes
     def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -2310,7 +2341,7 @@ def _streaming(
         prompt, begun = not begun, True
         cache.static = compiled and not prompt
         if prompt:
-            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask")))
+            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask"), mask_given))
             _refuse_other_conversation(cache, input_ids, end)
         elif kwargs.get("position_ids") is None:  # until 5.3, made of the mask that `update_model_kwargs` takes away
             positions = _natural_positions(cache, end - start)
@@ -2346,6 +2377,22 @@ def _streaming(
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
 
+    def prepare_generated_length(generation_config: Any, input_ids_length: int, **kwargs) -> Any:
+        """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
+        length = generation_config.max_length
+        config = prepare_length(generation_config=generation_config, input_ids_length=input_ids_length, **kwargs)
+        if kwargs["has_default_max_length"] and config.max_new_tokens is None and config.max_length > length:
+            config.max_length = length + input_ids_length
+        return config
+
+    def get_stopping_criteria(*args, **kwargs) -> list:
+        """As ever, without the warning that quality degrades past a length: the positions of a stream are bounded."""
+        given, criteria = kwargs.get("stopping_criteria") or [], get_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, transformers.MaxLengthCriteria) and not any(criterion is its for its in given):
+                criterion.max_position_embeddings = None
+        return criteria
+
     def valid_auto_compile_criteria(model_kwargs: dict[str, Any], *args) -> bool:
         """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
         nonlocal compiled
@@ -2369,8 +2416,11 @@ def _streaming(
 
         return compiled_call
 
+    stand_in._prepare_model_inputs = prepare_model_inputs
     stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
     stand_in._update_model_kwargs_for_generation = update_model_kwargs
+    stand_in._prepare_generated_length = prepare_generated_length
+    stand_in._get_stopping_criteria = get_stopping_criteria
     stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
     stand_in.get_compiled_call = get_compiled_call
     rank = SyncedRank(stand_in) if synced else None
@@ -2525,12 +2575,21 @@ def _chunks(
     return [slice(end - size, end) for size, end in zip(sizes, ends)]
 
 
-def _left_padding(attention_mask: Optional[torch.Tensor]) -> list[int]:
-    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree."""
+def _left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
+    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree.
+
+    Not `given`, it is what transformers made of the pad tokens in the prompt.
+    """
     if attention_mask is None:
         return [0]
     attended = attention_mask.bool()
     if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+        if not given:
+            raise ValueError(
+                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
+                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
+                "text, and pad on the left if not."
+            )
         raise ValueError(
             "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
             'each row. Set `padding_side="left"` on the tokenizer.'
@@ -2640,8 +2699,17 @@ def _refuse_other_positions(cache: SinkCache, positions: Optional[torch.Tensor])
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# The arguments of `generate` that may be positional by hand, in order.
+OWN_ARGUMENTS = ("model", "window_length", "num_sink_tokens", "prefill_progress")
+
+
+# Settings of a generation that are served here, or that a model's files ask for and `past_key_values` replaces.
+SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
+
+
 def generate(
-    model: PreTrainedModel,
+    *args,
+    model: Optional[PreTrainedModel] = None,
     window_length: Optional[int] = None,
     num_sink_tokens: Optional[int] = None,
     prefill_progress: bool = False,
@@ -2649,11 +2717,15 @@ def generate(
 ) -> Any:
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
 
+    By hand it is called as `generate(model, window_length, num_sink_tokens, prefill_progress, **kwargs)`. A model that
+    was loaded from a repository with this file has it as its own `generate`, which takes the prompt first, as ever.
+
     As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
     `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, flash attention, or a
     model that can't be one graph; and not with `disable_compile`.
 
     Args:
+        args: `model` and those after it, by hand; where `model` is given by name, what its class's `generate` takes.
         model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),
             also in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
@@ -2666,11 +2738,12 @@ def generate(
                 error. The conversation so far comes again as `input_ids`, or its new tokens only with the
                 `attention_mask` of all. A new, unbound cache is bound to `model`. Until the call ends, no other may use
                 the cache.
-            prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. Chunks of one token evict
-                exactly as decoding does. By default a prompt goes in at once as far as the window holds it, and what is
-                beyond in chunks of a quarter of the window: their first tokens see that much less of it.
-            synced_gpus (`bool`): keep the ranks of a distributed model in step, each with a text of its own. All run as
-                many forward passes, also for their prompts; those of a rank that is done leave its cache as it is.
+            prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
+                alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
+                chunks of `window_length / (2 * num_sink_tokens)`: attention sees so many copies of the sinks, one for
+                each token of a chunk, that they take half a window.
+            assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
+                assistant drafts in a window of its own, as long as the model's.
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True`, its `past_key_values` is the `SinkCache`.
@@ -2680,9 +2753,21 @@ def generate(
         ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
             generation, and leave what was passed as it was.
     """
+    if args:
+        own = (model, window_length, num_sink_tokens, prefill_progress)
+        return generate(**_named(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     model = _unwrapped(model)
+    loop = _generate_behind(model)
     _refuse_arguments(model, kwargs)
+    stand_in, (model, streamed) = model, vars(model).get("_streamed", (model, None))
+    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    chunk_size = None if chunk_size is None else operator.index(chunk_size)
+    kwargs.pop("prefill_chunk_size", None)
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = _with(kwargs["generation_config"], **SERVED)
+    if streamed is not None and kwargs.get("past_key_values") is streamed:
+        return loop.__get__(stand_in)(**kwargs)  # an override that asks for a stream by itself, called by hand
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
@@ -2693,45 +2778,50 @@ def generate(
     call = Call()
     try:
         cache._take_into_use(call)
-        return _generate(model, cache, prefill_progress, kwargs)
+        return _generate(model, loop, cache, chunk_size, prefill_progress, kwargs)
     finally:
         cache._give_back(call)
 
 
-def _generate(model: PreTrainedModel, cache: SinkCache, prefill_progress: bool, kwargs: dict[str, Any]) -> Any:
-    """`generate` in a cache that is in use by this call alone; `kwargs` are the other arguments."""
+def _generate(
+    model: PreTrainedModel,
+    loop: Callable,
+    cache: SinkCache,
+    chunk_size: Optional[int],
+    prefill_progress: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    """`generate` in a cache that is in use by this call alone; `kwargs` are the arguments of `loop`."""
     cache.settle()
-    columns, left_out, start = _columns(kwargs)
-    end = _last_in_common(cache, kwargs, columns, left_out)
-    _refuse_other_columns(cache, columns, start, end)
-    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    if loop.__module__.startswith("transformers.generation"):  # else nobody knows yet what it will be given
+        _columns_in_common(cache, kwargs)
     if _assistance(model, kwargs):
         _refuse_assistance(model, cache, kwargs)
     if kwargs.get("assistant_model") is not None:
         kwargs["assistant_model"] = _drafting(_unwrapped(kwargs["assistant_model"], "assistant_model"), cache._window)
     cache.bind(model)
-    if end < cache.get_seq_length():
-        cache.crop(max_length=end)
     depth = _setting(model, kwargs, "assistant_early_exit")
     lent = _with_its_own_depth(model) if depth else model
     synced = _is_synced(model, kwargs.get("synced_gpus"))
-    stand_in = _streaming(lent, cache, columns, left_out, chunk_size, prefill_progress, synced)
+    stand_in = _streaming(lent, cache, chunk_size, prefill_progress, synced)
     if depth:
         stand_in.generate = _drafting(model, cache._window, lent, depth).generate
-    return _decode(stand_in, cache, kwargs)
+    return _decode(stand_in, loop, cache, kwargs)
 
 
-def _decode(stand_in: PreTrainedModel, cache: SinkCache, kwargs: dict[str, Any]) -> Any:
-    """Run transformers' own decoding loop in `cache` on a stand-in for the model, which is of no use afterwards."""
-    # Settings that are served here, or that a model's files ask for and `past_key_values` replaces.
-    kwargs.pop("prefill_chunk_size", None)
-    served = {"prefill_chunk_size": None, "cache_implementation": None}
-    stand_in.generation_config = _with(stand_in.generation_config, **served)
-    if kwargs.get("generation_config") is not None:
-        kwargs["generation_config"] = _with(kwargs["generation_config"], **served)
+def _decode(stand_in: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: dict[str, Any]) -> Any:
+    """Run the decoding `loop` in `cache` on a stand-in for the model, which is of no use afterwards."""
+    stand_in.generation_config = _with(stand_in.generation_config, **SERVED)
     recorded = cache.record_past
     try:
-        return type(stand_in).generate(stand_in, past_key_values=cache, **kwargs)
+        output = loop.__get__(stand_in)(past_key_values=cache, **kwargs)
+        if not stand_in._handed_on:
+            raise ValueError(
+                f"`model` ({type(stand_in).__name__}) has a `generate` of its own that did not hand `past_key_values` "
+                "on to that of transformers, so nothing was streamed. Have it pass on the arguments that it doesn't "
+                "know."
+            )
+        return output
     finally:
         cache.record_past = recorded
         cache.static, cache._slots_mask = False, None
@@ -2741,11 +2831,77 @@ def _decode(stand_in: PreTrainedModel, cache: SinkCache, kwargs: dict[str, Any])
             cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
 
 
+def _generate_behind(model: PreTrainedModel) -> Callable:
+    """The `generate` among those of the model's class and its bases that a stream goes on in, not yet bound.
+
+    A class may have a `generate` of its own, which ends in that of the class behind it, and at last in transformers'.
+    It has begun if `custom_generate`, or it itself, led here: then what is behind it follows. By hand, and where this
+    file came with the model, it is yet to run. One set on the model alone is left out there: it may hold the model.
+    """
+    classes = [cls for cls in type(model).__mro__ if "generate" in vars(cls)]
+    codes = [getattr(inspect.unwrap(vars(cls)["generate"]), "__code__", None) for cls in classes]
+    caller = frame = inspect.currentframe().f_back.f_back  # of `generate`
+    frames = []
+    # A loop that has got further than to call this calls it for another generation, as of a logits processor.
+    while frame is not None and (frame is caller or frame.f_code is not codes[-1]):
+        frames.append(frame)
+        frame = frame.f_back
+    begun = 0
+    for frame in reversed(frames):
+        if frame.f_code in codes[begun:] and _first_argument(frame) is model:
+            begun = codes.index(frame.f_code, begun) + 1
+    if begun == len(classes):  # transformers' own, which calls functions for `custom_generate` under its decorators
+        return inspect.unwrap(vars(classes[-1])["generate"])
+    return vars(classes[begun])["generate"]
+
+
+def _first_argument(frame: Any) -> Any:
+    """What the function of the frame was called with first."""
+    names = frame.f_code.co_varnames
+    value = frame.f_locals.get(names[0]) if names else None
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` of a call of `generate`, and its positional `args` by their names.
+
+    Raises:
+        TypeError: there are too many, or one of them also stands in `kwargs`; or transformers calls `generate` as the
+            decoding loop of one of its own.
+    """
+    if kwargs["model"] is not None:
+        names = _positional_names(type(_unwrapped(kwargs["model"])))
+    elif len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].dim() > 0:
+        raise TypeError(
+            "`custom_generate` must be the name or the folder of this repository, not its function `generate`: "
+            "transformers takes a function for a decoding loop, and hands it a prompt and a cache already made. Call "
+            "the function by hand with the prompt by name, `generate(model, window_length, input_ids=...)`."
+        )
+    else:
+        names = OWN_ARGUMENTS
+    if len(args) > len(names):
+        raise TypeError(f"`generate` takes {len(names)} arguments by position ({', '.join(names)}), got {len(args)}.")
+    named = dict(zip(names, args))
+    for name in named:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise TypeError(f"`{name}` was given twice, by position and by name. Leave one of them out.")
+    return kwargs | named
+
+
+def _positional_names(model_class: type) -> list[str]:
+    """The arguments that `generate` of the class takes by position; transformers' own if it doesn't name them."""
+    for function in (model_class.generate, transformers.GenerationMixin.generate):
+        parameters = inspect.signature(function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            break
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+
+
 def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
     """The model of transformers that the argument `name` is, or that `torch.compile` or peft put their wrapper around.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is none, or none that generates.
         ValueError: peft would put learned tokens or keys before the prompt.
     """
     inner = getattr(model, "_orig_mod", model)
@@ -2753,6 +2909,11 @@ def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    if not hasattr(type(inner), "generate"):
+        raise TypeError(
+            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no `generate`. Load the model "
+            "with its language modeling head."
+        )
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
         if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
@@ -2782,28 +2943,53 @@ def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
+
+    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
+    """
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    asked = getattr(kwargs.get("generation_config"), name, None)
+    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
+    return None if asked in [getattr(config, name, None) for config in files] else asked
+
+
 def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `generate` that a stream can't serve."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    use_cache = kwargs.get("use_cache")
-    unused = any(getattr(config, "use_cache", None) is False for config in configs)
-    if use_cache is False or (use_cache is None and unused):
+    if _asked_for(model, kwargs, "use_cache") is False:
         raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
-    for source in (kwargs.get("cache_implementation"), getattr(configs[0], "cache_implementation", None)):
-        if source is not None:
-            raise ValueError(
-                f"`cache_implementation` must not be given, got {source!r}: the cache is a `SinkCache`. Leave it out."
-            )
+    implementation = _asked_for(model, kwargs, "cache_implementation")
+    if implementation is not None:
+        raise ValueError(
+            f"`cache_implementation` must not be given, got {implementation!r}: the cache is a `SinkCache`. Leave it "
+            "out."
+        )
+    if _asked_for(model, kwargs, "return_legacy_cache"):
+        raise ValueError(
+            "`return_legacy_cache` must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."
+        )
     if _setting(model, kwargs, "penalty_alpha"):
         raise ValueError(
             "`penalty_alpha` asks for contrastive search, which looks at all tokens of before. Leave it out."
         )
+    for name, mode in MOVED_MODES.items():
+        value = _setting(model, kwargs, name)
+        if value is not None and value != 1:  # as one group of beams
+            raise ValueError(
+                f"`{name}` asks for {mode}, which transformers {transformers.__version__} loads from a repository of "
+                "its own, and a stream is another. Leave it out."
+            )
     if kwargs.get("position_ids") is not None:
         raise ValueError(
             "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
         )
     chunk_size = _setting(model, kwargs, "prefill_chunk_size")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+    try:
+        valid = chunk_size is None or _integer("prefill_chunk_size", chunk_size) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
@@ -2820,6 +3006,11 @@ def _refuse_assistance(model: PreTrainedModel, cache: SinkCache, kwargs: dict[st
         raise ValueError(
             f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
             "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
+        )
+    if _is_synced(model, kwargs.get("synced_gpus")):
+        raise ValueError(
+            f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
+            "transformers has it append tokens. Leave one of them out."
         )
     if not _takes_masks(model):
         raise ValueError(
@@ -2902,15 +3093,28 @@ def _draft(
     if kwargs.get("min_new_tokens") is not None:
         kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
     kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
-    stand_in = _streaming(assistant, cache, length, 0, None, prefill_progress=False, synced=False)
-    output = _decode(stand_in, cache, kwargs)
+    kwargs["generation_config"] = _with(kwargs["generation_config"], **SERVED)
+    stand_in = _streaming(assistant, cache, None, prefill_progress=False, synced=False)
+    output = _decode(stand_in, type(assistant).generate, cache, kwargs)
     output.past_key_values = None  # transformers would crop it by its own count
     return output
 
 
 def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
     """How many columns the conversation has that a call of `generate` goes on from; how many of them its ids leave out,
-    and how many its ids and embeddings do."""
+    and how many its ids and embeddings do.
+
+    Raises:
+        ValueError: there is a prompt without a token.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
+    if given and not any(tensor.numel() for tensor in given.values()):
+        name, tensor = next(iter(given.items()))
+        raise ValueError(
+            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
+            "tokenizer's `bos_token_id` where there is no text yet."
+        )
     ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
     given, embedded, masked = (
         0 if tensor is None else tensor.shape[1]
@@ -2920,30 +3124,29 @@ def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
     return columns, columns - given, columns - max(given, embedded)
 
 
-def _last_in_common(cache: SinkCache, kwargs: dict[str, Any], columns: int, left_out: int) -> int:
-    """Up to which of the columns seen the conversation of a call of `generate` goes on: it may take the latest back.
+def _columns_in_common(cache: SinkCache, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """How many columns the conversation of a call of `generate` has; how many its ids leave out; and after which of
+    those seen it goes on.
 
-    An interrupt, or a draft that was not taken, may have left tokens in the cache that are not in the conversation, and
-    one of its tokens at least must be new. What can't be taken back counts as common, and is refused as other tokens.
+    That may be before the last one. An interrupt, or a draft that was not taken, may have left tokens in the cache that
+    are not in the conversation, and one of its tokens at least must be new. What can't be taken back counts as common,
+    and is refused as other tokens.
+
+    Raises:
+        ValueError: what is given of the conversation does not go on where `cache` has got to.
     """
+    columns, left_out, start = _columns(kwargs)
     ids, seen = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"], cache.get_seq_length()
-    if seen == 0 or ids is None:
-        return seen
-    end = min(cache.common_length(ids, left_out), columns - 1)
-    return end if max(cache.pads or [0]) < end and seen - cache.num_removable <= end < seen else seen
-
-
-def _refuse_other_columns(cache: SinkCache, columns: int, start: int, end: int) -> None:
-    """Raise unless what is given of a conversation, its `columns` from `start` on, goes on where `cache` has got to.
-
-    That is column `end` of those seen.
-    """
-    seen = cache.get_seq_length()
+    end = seen
+    if seen > 0 and ids is not None:
+        common = min(cache.common_length(ids, left_out), columns - 1)
+        if max(cache.pads or [0]) < common and seen - cache.num_removable <= common < seen:
+            end = common
     if 0 < columns <= end:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
-            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. To "
-            "start another one, `reset()` it."
+            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. "
+            "Don't crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
         )
     if end < start < columns:
         raise ValueError(
@@ -2951,6 +3154,7 @@ def _refuse_other_columns(cache: SinkCache, columns: int, start: int, end: int) 
             f"{columns - start} of the {columns} in `attention_mask`: {start - end} are missing. The last token that "
             "was generated has not been seen, so pass it too."
         )
+    return columns, left_out, end
 
 
 def _refuse_model(model: PreTrainedModel, window_length: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, loadable, prompt, seeded, small_model
+from helpers import RELEASE, ROOT, loadable, prompt, seeded, small_model
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from custom_generate.generate import SinkCache, generate
@@ -124,6 +125,55 @@ def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
     shutil.copytree(carrier / "custom_generate", tmp_path / "saved/custom_generate", dirs_exist_ok=True)
     again = AutoModelForCausalLM.from_pretrained(loadable(tmp_path / "saved"), trust_remote_code=True)
     assert torch.equal(again.generate(**call), expected)
+
+
+@pytest.mark.parametrize("door", ["folder", "hub"])
+def test_a_prompt_by_position_on_a_model_that_carries_it(door, carrier):
+    name = loadable(carrier) if door == "folder" else "you/my_model"
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    settings = dict(max_new_tokens=60, do_sample=False)
+    config = GenerationConfig(**settings, pad_token_id=0)
+    expected = model.generate(input_ids=prompt(5), **settings)
+    assert torch.equal(model.generate(prompt(5), **settings), expected)
+    assert torch.equal(copy.deepcopy(model).generate(prompt(5), **settings), expected)
+    by_config = model.generate(inputs=prompt(5), generation_config=config)
+    assert torch.equal(model.generate(prompt(5), config), by_config)
+    assert torch.equal(model.generate(prompt(5), config, window_length=16, num_sink_tokens=4), by_config)
+    # By hand too, it takes what its own `generate` takes only if it comes by name.
+    assert torch.equal(generate(prompt(5), model=model, window_length=16, num_sink_tokens=4, **settings), expected)
+    assert torch.equal(generate(model, 16, 4, False, input_ids=prompt(5), **settings), expected)
+    for args, kwargs, message in (
+        ((prompt(5),), dict(inputs=prompt(5)), "`inputs` was given twice"),
+        ((prompt(5),) * 20, {}, "arguments by position.*got 20"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model.generate(*args, **settings, **kwargs)
+
+
+def test_arguments_by_position_by_hand(model):
+    for args, kwargs, message in (
+        ((model, 16), dict(window_length=16), "`window_length` was given twice"),
+        ((model, 16, 4, False, prompt(5)), {}, "takes 4 arguments by position.*got 5"),
+        ((), {}, "`model` must be a transformers `PreTrainedModel`"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            generate(*args, input_ids=prompt(5), **kwargs)
+
+
+# --- the function itself
+
+
+@pytest.mark.skipif(
+    RELEASE < Version("4.57"),
+    reason="transformers<4.56 takes no function in `custom_generate`, and 4.56 passes one no arguments of its own",
+)
+@pytest.mark.parametrize("arguments", [{}, CALL], ids=["no window", "a window"])
+def test_the_function_itself_is_no_name_of_a_repository(model, arguments):
+    passes = []
+    model.register_forward_pre_hook(lambda *args: passes.append(args))
+    with pytest.raises(TypeError, match="`custom_generate` must be the name or the folder of this repository"):
+        model.generate(prompt(5), custom_generate=generate, **arguments)
+    assert passes == []
 
 
 # --- pipeline

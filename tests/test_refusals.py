@@ -67,6 +67,38 @@ def test_arguments(arguments, error, message):
     assert not isinstance(cache, SinkCache) or (not cache.is_bound and cache.get_seq_length() == 0)
 
 
+MODES = [
+    (
+        dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+        "`num_beam_groups` asks for group beam search",
+        "4.57",
+    ),
+    (dict(num_beams=4, force_words_ids=[[5, 6]]), "`force_words_ids` asks for constrained beam search", "4.57"),
+    (
+        dict(num_beams=4, constraints=[getattr(transformers, "PhrasalConstraint", list)([5, 6])]),
+        "`constraints` asks for constrained beam search",
+        "4.57",
+    ),
+    (dict(dola_layers="high"), "`dola_layers` asks for DoLa", "4.56"),
+    (dict(generation_config=GenerationConfig(dola_layers=[1])), "`dola_layers` asks for DoLa", "4.56"),
+]
+
+
+@pytest.mark.parametrize("arguments, message, moved", MODES, ids=["-".join(arguments) for arguments, *_ in MODES])
+def test_modes_that_moved_to_the_hub(arguments, message, moved):
+    model = small_model()
+    settings = dict(input_ids=prompt(10), max_new_tokens=40, **arguments)
+    if RELEASE < Version(moved):  # there they are served
+        assert torch.equal(generate(model, 64, 4, **settings), model.generate(**settings))
+        assert generate(model, 16, 4, **settings).shape == (1, 50)
+        return
+    passes = forward_passes(model)
+    with pytest.raises(ValueError, match=message):
+        generate(model, 16, 4, **settings)
+    assert passes == []
+    assert generate(model, 16, 4, input_ids=prompt(5), num_beam_groups=1, max_new_tokens=40).shape == (1, 45)
+
+
 @pytest.mark.parametrize(
     "mask",
     [[[1, 1, 0, 1, 1]], [[1, 1, 1, 1, 0]], [[0, 0, 0, 0, 0]], [[0, 1, 0, 1, 1]]],
