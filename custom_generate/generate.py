@@ -141,7 +141,9 @@ def _own_mask(
     states = torch.empty(len(tokens), plan.length, 0, dtype=cache._mask_dtype, device=tokens.device)
     kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
     if "cache_position" in arguments:  # until 5.3
-        kwargs["cache_position"] = torch.arange(plan.start, plan.start + plan.length, device=tokens.device)
+        kwargs["cache_position"] = torch.arange(
+            plan.start, plan.start + plan.length, dtype=torch.long, device=tokens.device
+        )
     config = model.config.get_text_config(decoder=True)
     return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
 
@@ -740,14 +742,14 @@ class UpdatePlan:
 
     def tokens(self, first: int, device: torch.device) -> torch.Tensor:
         """The tokens that columns `start + first` to the last are, negative for padding: int64 `[rows, columns]`."""
-        columns = torch.arange(self.start + first, self.start + self.length, device=device)
-        return columns - torch.tensor(self.pads, device=device)[:, None]
+        columns = torch.arange(self.start + first, self.start + self.length, dtype=torch.long, device=device)
+        return columns - torch.tensor(self.pads, dtype=torch.long, device=device)[:, None]
 
     @functools.cached_property
     def copy_shifts(self) -> torch.Tensor:
         """By how many positions the sinks are moved for each new column: float64 `[rows, length]` on the CPU."""
         moved = (self.tokens(0, torch.device("cpu")) - self.window.length + 1).clamp(min=0)
-        return (moved - torch.tensor(self.offsets, device="cpu")[:, None]).double()
+        return (moved - torch.tensor(self.offsets, dtype=torch.long, device="cpu")[:, None]).double()
 
     def on_device(self, device: torch.device) -> tuple:
         """What the layers index by, made once for each device.
@@ -774,16 +776,16 @@ class UpdatePlan:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
         new = self.tokens(0, device)[:, :, None]  # [rows, length, 1]
         if self.length == 1:
-            sees = torch.arange(self.num_keys, device=device) <= new
+            sees = torch.arange(self.num_keys, dtype=torch.long, device=device) <= new
         elif not self.sees_copies:  # the keys are tokens 0, 1, ..., filled up where a row has fewer, and the new ones
-            seen = torch.tensor(self.seen, device=device)[:, None, None]
-            old = torch.arange(max(self.seen), device=device) < seen
+            seen = torch.tensor(self.seen, dtype=torch.long, device=device)[:, None, None]
+            old = torch.arange(max(self.seen), dtype=torch.long, device=device) < seen
             causal = (new.mT <= new) & (new.mT >= 0)
             sees = torch.cat([old.expand(-1, self.length, -1), causal], dim=-1)
         else:
-            copy = torch.arange(self.length, device=device).repeat_interleave(self.window.num_sinks)
-            sink = torch.arange(self.window.num_sinks, device=device).repeat(self.length)
-            own = (copy == torch.arange(self.length, device=device)[:, None]) & (sink <= new)
+            copy = torch.arange(self.length, dtype=torch.long, device=device).repeat_interleave(self.window.num_sinks)
+            sink = torch.arange(self.window.num_sinks, dtype=torch.long, device=device).repeat(self.length)
+            own = (copy == torch.arange(self.length, dtype=torch.long, device=device)[:, None]) & (sink <= new)
             token = self.tokens(-self.num_recent, device)[:, None]  # [rows, 1, num_recent + length]
             recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
             sees = torch.cat([own, recent], dim=-1)
@@ -862,7 +864,7 @@ class Ring:
             return
         in_slots = self._turning(slice(0, self.window.num_sinks))
         if 0 in self.shifts:  # those of some rows have not moved yet
-            unmoved = torch.tensor([shift == 0 for shift in self.shifts], device=in_slots.device)
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=in_slots.device)
             self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
         self.shifts = [None] * len(shifts)  # an interrupt finds what the model made in `sinks`
         in_slots.copy_(self.rotation.turned(self.sinks, _each_row(shifts)))
@@ -1075,8 +1077,8 @@ class SinkLayer(CacheLayerMixin):
         if keys is not None:
             window, number = self.ring.window, keys.shape[2]
             first = max(number - columns, 0)
-            padding = torch.tensor(pads, device="cpu")[:, None]
-            tokens = torch.arange(first - number, 0, device="cpu") + latest - window.recent - padding
+            padding = torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
+            tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") + latest - window.recent - padding
             rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
             slots = window.slots(tokens[rows, places]).to(keys.device)
             rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
@@ -1562,10 +1564,10 @@ class SinkCache(Cache):
         """
         for ring in self._rings:
             ring.place_sinks(plan.sink_shifts)
-            ring.slots.copy_(torch.tensor(plan.first_slots, device="cpu"))
+            ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
         if self._slots_mask is None:
-            seen = torch.tensor(plan.seen, device=device)[:, None]
-            filled = torch.arange(self.window_length, device=device) <= seen
+            seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
+            filled = torch.arange(self.window_length, dtype=torch.long, device=device) <= seen
             self._slots_mask = _additive(filled[:, None, None], self._mask_dtype)
         elif min(plan.seen) < self.window_length:
             self._slots_mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
@@ -2318,17 +2320,18 @@ def _streaming(
     prepare_length, get_criteria = model._prepare_generated_length, model._get_stopping_criteria
     update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
     begun = compiled = False
-    # Of the conversation: its columns, those of them before the ids, and whether its mask came with them.
-    columns, left_out, mask_given = 0, 0, False
+    # Of the conversation: its columns, those before the ids, whether its mask came with them, and its embeddings.
+    columns, left_out, mask_given, embeddings = 0, 0, False, None
 
     def prepare_model_inputs(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """As ever. It is the first that sees what the loop was given, by a `generate` of the model's own perhaps."""
-        nonlocal begun, columns, left_out, mask_given
+        nonlocal begun, columns, left_out, mask_given, embeddings
         if model_kwargs.get("past_key_values") is cache:
             columns, left_out, end = _columns_in_common(cache, {"inputs": inputs} | model_kwargs)
             if end < cache.get_seq_length():
                 cache.crop(max_length=end)
             stand_in._handed_on = True
+            embeddings = model_kwargs.get("inputs_embeds")
             begun, mask_given = False, model_kwargs.get("attention_mask") is not None
         return prepare_model(inputs, bos_token_id, model_kwargs)
 
@@ -2348,6 +2351,10 @@ def _streaming(
             kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
         cache.latest_ids, cache.latest_end = input_ids, end
         _count_columns(kwargs, start, end, input_ids.device)
+        if prompt and embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
+            new = embeddings[:, start - end :]
+            kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
+            kwargs["next_sequence_length"] = end - start
         inputs = prepare(input_ids, *args, **kwargs)
         # Some start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
         if inputs.get("past_key_values") is not cache or _new_tokens(inputs).shape[1] > end - start:
@@ -2488,7 +2495,7 @@ class SyncedRank:
 
     def idle_passes(self, passes: int, device: torch.device) -> int:
         """How many idle passes this rank adds to the `passes` of its prompt, so that it has as many as any other."""
-        most = torch.tensor(passes, device=device)
+        most = torch.tensor(passes, dtype=torch.long, device=device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         return int(most) - passes
 
@@ -2643,8 +2650,8 @@ def _masks(model: PreTrainedModel, cache: SinkCache, plan: UpdatePlan, tokens: t
         return mask
     attended = None
     if padded:
-        columns = torch.arange(plan.start + plan.length, device=tokens.device)
-        attended = columns >= torch.tensor(cache.pads, device=tokens.device)[:, None]
+        columns = torch.arange(plan.start + plan.length, dtype=torch.long, device=tokens.device)
+        attended = columns >= torch.tensor(cache.pads, dtype=torch.long, device=tokens.device)[:, None]
         attended = attended.expand(len(tokens), -1)
     # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
     of_states = attended[:, -plan.length :] if plan.start < max(cache.pads) else None
