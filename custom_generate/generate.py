@@ -41,6 +41,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+_logger = transformers.logging.get_logger(__name__)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Releases of transformers, 4.52 to 5.23: all that differs between them stands here
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1064,6 +1066,11 @@ class SinkLayer(CacheLayerMixin):
         keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
         return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
 
+    @property
+    def begun(self) -> int:
+        """Columns seen, and those whose update was cut short."""
+        return max(self.seen, self.evicted.end)
+
     def take_back(self, end: int, pads: list[int]) -> None:
         """Forget all columns from `end` on, also if they were not all written, and put back what they evicted.
 
@@ -1072,7 +1079,7 @@ class SinkLayer(CacheLayerMixin):
                 long as nothing was evicted.
             pads: each row's columns of left padding.
         """
-        latest, keys, values = max(self.seen, self.evicted.end), self.evicted.keys, self.evicted.values
+        latest, keys, values = self.begun, self.evicted.keys, self.evicted.values
         columns = latest - end
         if keys is not None:
             window, number = self.ring.window, keys.shape[2]
@@ -1582,7 +1589,7 @@ class SinkCache(Cache):
         counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
         counts -= {None}  # of layers that don't count
         plan, has_states = self._plan, any(isinstance(layer, StateLayer) for layer in self.layers)
-        begun = {layer.evicted.end for layer in self._sink_layers} | counts
+        begun = {layer.begun for layer in self._sink_layers} | counts
         if self._sinks_only:
             if len(begun) > 1:
                 for layer in self.layers:
@@ -1856,20 +1863,12 @@ class SinkCache(Cache):
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
             if not _are_alike(_fingerprint_now(model), fingerprint):
                 raise ValueError(OTHER_MODEL)
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("frequencies.")}
+            tensors = _refuse_other_frequencies(cache, state, tensors)
             _refuse_damaged_layers(state, tensors, _layout(cache), cache.layers)
             _require(
                 state.get("checksum") in (None, _checksum(state, whole)),
                 "something in it was changed after it was written: its checksum is another",
             )
-            held_by = [whole.get(f"frequencies.{layer_idx}") for layer_idx in range(len(cache._rotations))]
-            rotations = [
-                replace(rotation, frequencies=frequencies) if rotation and frequencies is not None else frequencies
-                for frequencies, rotation in zip(held_by, cache._rotations)
-            ]
-            says_how = any(frequencies is not None for frequencies in held_by)  # older files don't
-            if says_how and not _turn_alike(rotations, cache._rotations):
-                raise ValueError(OTHER_MODEL)
         except ValueError as error:
             raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
         cache.pads = state["pads"] if state["padding_known"] else None
@@ -2240,6 +2239,34 @@ def _layout(cache: SinkCache) -> list[dict[str, torch.Size]]:
     return layout
 
 
+def _refuse_other_frequencies(
+    cache: SinkCache, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`tensors` of a file without the frequencies; raise unless those are what the keys of `cache` turn by."""
+    named = {name: tensor for name, tensor in tensors.items() if name.startswith("frequencies.")}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in named}
+    if not named and "checksum" not in state:  # until there were versions, files had none
+        return rest
+    turning = {
+        f"frequencies.{layer_idx}": rotation
+        for layer_idx, rotation in enumerate(cache._rotations)
+        if rotation is not None
+    }
+    missing, unknown = sorted(turning.keys() - named.keys()), sorted(named.keys() - turning.keys())
+    _require(not missing, f"it lacks {', '.join(missing)}")
+    _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
+    for name, rotation in turning.items():
+        held, needed = named[name], list(rotation.frequencies.shape)
+        _require(
+            held.dtype == torch.float64 and list(held.shape) == needed and _is_finite(held),
+            f"its {name} must be {needed} finite numbers in float64, got {list(held.shape)} in {held.dtype}",
+        )
+    rotations = [replace(rotation, frequencies=named[name]) for name, rotation in turning.items()]
+    if not _turn_alike(rotations, list(turning.values())):
+        raise ValueError(OTHER_MODEL)
+    return rest
+
+
 def _refuse_damaged_layers(
     state: dict[str, Any], tensors: dict[str, torch.Tensor], layout: list[dict[str, torch.Size]], layers: list
 ) -> None:
@@ -2565,19 +2592,25 @@ def _chunks(
     """
     start, window = cache.get_seq_length(), cache._window
     chunk_size = prefill_chunk_size or max(window.length // (2 * max(window.num_sinks, 1)), 1)
-    if not cache._resumes or not _takes_masks(model):
+    takes_masks = _takes_masks(model)
+    if not cache._resumes or not takes_masks:
         chunk_size = 1
     chunk_size = min(chunk_size, cache._most_at_once(start + length))
-    fits = window.length - max(max(start - pad, 0) for pad in cache.pads) if cache._resumes or start == 0 else 0
+    fits = window.length - max(max(start - pad, 0) for pad in cache.pads)
     sizes = []
     while sum(sizes) < length:
-        unevicted = fits - sum(sizes)
+        unevicted = fits - sum(sizes) if cache._resumes or start + sum(sizes) == 0 else 0
         size = min(unevicted, prefill_chunk_size or unevicted) if unevicted > 0 else chunk_size
         sizes.append(min(size, length - sum(sizes)))
     while sizes[-1] < least_last and len(sizes) > 1:
         last = sizes.pop()
         moved = min(least_last - last, sizes[-1])
         sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
+    if not takes_masks and len(sizes) > 1:
+        _logger.warning_once(
+            "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash attention, "
+            'takes no mask. Load the model with "sdpa" to have it go in faster.'
+        )
     ends = list(itertools.accumulate(sizes))
     return [slice(end - size, end) for size, end in zip(sizes, ends)]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, answer, difference, oracle, prompt, seeded, small_model
+from helpers import ROOT, answer, difference, left_padded, oracle, prompt, seeded, small_model
 
 from custom_generate.generate import SinkCache, generate
 
@@ -195,21 +195,30 @@ def test_inputs_that_were_prepared_and_not_used_change_nothing():
     with torch.no_grad():
         model(**cache.prepare_inputs(prompt(16)))
     cache.prepare_inputs(prompt(1))  # which shifts all keys back
-    with pytest.raises(ValueError, match="before its first eviction"):
-        cache.crop(-3)
+    cache.crop(-3)
+    cache.prepare_inputs(prompt(9))  # and again
+    with torch.no_grad():
+        logits = model(**cache.prepare_inputs(prompt(9, seed=1))).logits[0]
+    tokens = prompt(16)[0, :13].tolist() + prompt(9, seed=1)[0].tolist()
+    assert difference(logits, oracle(small_model(), tokens, 16, 4)[13:]) < 1e-5
 
 
 def test_cropping_what_evicted_is_refused():
-    model, cache, sequences, expected = a_conversation(seen=17)
-    with pytest.raises(ValueError, match="before its first eviction.*17 tokens seen and a window of 16"):
-        cache.crop(-1)
+    model, cache, sequences, expected = a_conversation(seen=20)
+    with pytest.raises(ValueError, match="can forget 1 of the 20 tokens seen, got -2.*evicted from the window of 16"):
+        cache.crop(-2)
     assert torch.equal(next_tokens(model, cache, sequences), expected)  # nothing was lost
     with pytest.raises(ValueError, match="can be cropped only if bound"):
         SinkCache(16, 4).crop(-1)
-    _, cache, *_ = a_conversation(seen=10)
-    for max_length in (0, -10, -11):
-        with pytest.raises(ValueError, match=f"`max_length` must leave a token.*got {max_length} of 10.*`reset"):
-            cache.crop(max_length)
+    model, cache, *_ = a_conversation(seen=10)
+    cache = generate(
+        model, 16, 4, **left_padded([prompt(9), prompt(3)]), max_new_tokens=2, return_dict_in_generate=True
+    ).past_key_values
+    for forgotten in (4, 9, 11):
+        with pytest.raises(
+            ValueError, match=f"must leave a token of each row, 7 columns.*got -{forgotten} of 10.*reset"
+        ):
+            cache.crop(-forgotten)
     assert cache.get_seq_length() == 10
 
 
