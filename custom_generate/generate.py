@@ -2878,7 +2878,9 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
     It has begun if `custom_generate`, or it itself, led here: then what is behind it follows. By hand, and where this
     file came with the model, it is yet to run. One set on the model alone is left out there: it may hold the model.
     """
-    classes = [cls for cls in type(model).__mro__ if "generate" in vars(cls)]
+    bases = type(model).__mro__
+    bases = bases[: bases.index(transformers.GenerationMixin) + 1]  # whose `generate` calls nothing behind it
+    classes = [cls for cls in bases if "generate" in vars(cls)]
     codes = [getattr(inspect.unwrap(vars(cls)["generate"]), "__code__", None) for cls in classes]
     caller = frame = inspect.currentframe().f_back.f_back  # of `generate`
     frames = []
@@ -2949,10 +2951,10 @@ def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
-    if not hasattr(type(inner), "generate"):
+    if not isinstance(inner, transformers.GenerationMixin):
         raise TypeError(
-            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no `generate`. Load the model "
-            "with its language modeling head."
+            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no `generate` of transformers. "
+            "Load the model with its language modeling head."
         )
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):

@@ -73,6 +73,15 @@ class Decorated(LlamaForCausalLM):
         return super().generate(inputs, **kwargs)[:, inputs.shape[1] :]
 
 
+class Unreached:
+    def generate(self, *args, **kwargs):
+        raise AssertionError("transformers' own comes before it")
+
+
+class WithAnother(Trimmed, Unreached):
+    """Has a base with a `generate` behind transformers' own."""
+
+
 def trimming(base):
     """A class made by a function, so that all of them share one code."""
 
@@ -107,6 +116,7 @@ EXPECTED = {
     Embedded: lambda ids: streamed(ids.repeat_interleave(2, dim=1))[:, 10:],
     Streaming: lambda ids: streamed(ids)[:, 5:],
     StreamingByHand: lambda ids: streamed(ids)[:, 5:],
+    WithAnother: lambda ids: streamed(ids)[:, 5:],
     Decorated: lambda ids: streamed(ids)[:, 5:],
     trimming(trimming(LlamaForCausalLM)): lambda ids: streamed(ids)[:, 2:],
 }
