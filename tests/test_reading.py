@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import SMALL, difference, left_padded, oracle, prompt, small_model, stream
+from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
 from custom_generate.generate import SinkCache, generate
@@ -187,7 +188,7 @@ def test_where_no_rotation_is_found_no_cause_is_named():
     assert "learned" not in str(raised.value) and "RoPE" not in str(raised.value)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_model_whose_rounding_is_dynamic_is_told_so():
     model = small_model(num_hidden_layers=8, hidden_size=128, intermediate_size=256)
     model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
@@ -204,6 +205,8 @@ def test_a_model_whose_rounding_is_dynamic_is_told_so():
 def ministral(beta: float = 0.5):
     if "ministral3" not in CONFIG_MAPPING:
         pytest.skip("Ministral 3 came with transformers 5")
+    if RELEASE < Version("5.4"):
+        pytest.xfail("until 5.3 Ministral 3 scales its queries by `cache_position`, which a stream does not bound")
     rope = dict(
         rope_type="yarn",
         rope_theta=1e4,
