@@ -2252,7 +2252,8 @@ def _refuse_other_frequencies(
         for layer_idx, rotation in enumerate(cache._rotations)
         if rotation is not None
     }
-    missing, unknown = sorted(turning.keys() - named.keys()), sorted(named.keys() - turning.keys())
+    layers = {f"frequencies.{layer_idx}" for layer_idx in range(len(cache._rotations))}
+    missing, unknown = sorted(turning.keys() - named.keys()), sorted(named.keys() - layers)
     _require(not missing, f"it lacks {', '.join(missing)}")
     _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
     for name, rotation in turning.items():
@@ -2262,7 +2263,7 @@ def _refuse_other_frequencies(
             f"its {name} must be {needed} finite numbers in float64, got {list(held.shape)} in {held.dtype}",
         )
     rotations = [replace(rotation, frequencies=named[name]) for name, rotation in turning.items()]
-    if not _turn_alike(rotations, list(turning.values())):
+    if named.keys() != turning.keys() or not _turn_alike(rotations, list(turning.values())):
         raise ValueError(OTHER_MODEL)
     return rest
 
@@ -2953,8 +2954,8 @@ def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
         raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
     if not isinstance(inner, transformers.GenerationMixin):
         raise TypeError(
-            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no `generate` of transformers. "
-            "Load the model with its language modeling head."
+            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
+            "load the model with its language modeling head."
         )
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):

@@ -86,7 +86,7 @@ DAMAGE = {
     "three dimensions": (lambda s, t: change(t, "keys.0", lambda k: k[0]), "keys.0 must be"),
     "no dimensions": (lambda s, t: change(t, "keys.0", lambda k: k[0, 0, 0, 0]), "as many rows"),
     "fewer rows": (lambda s, t: change(t, "keys.2", lambda k: k[:1]), "as many rows"),
-    "no rows": (lambda s, t: [change(t, n, lambda k: k[:0]) for n in t if n != "fingerprint"], "pads"),
+    "no rows": (lambda s, t: [change(t, n, lambda k: k[:0]) for n in t if n[:2] not in ("fi", "fr")], "pads"),
     "integer keys": (lambda s, t: change(t, "keys.1", lambda k: k.int()), "keys.1 must be floats, got torch.int32"),
     "8-bit keys": (lambda s, t: change(t, "keys.1", lambda k: k.to(torch.float8_e4m3fn)), "keys.1 must be floats"),
     "nan": (lambda s, t: t["keys.1"][1, 1, 3].fill_(float("nan")), "keys.1 holds numbers that are not finite"),

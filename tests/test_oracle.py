@@ -1,5 +1,7 @@
 """A stream gives the logits of the oracle, an answer that uses neither the cache nor its rotation."""
 
+import pydoc_data.topics
+
 import pytest
 import torch
 from helpers import RELEASE, SMALL, answer, difference, oracle, prompt, seeded, small_model
@@ -218,6 +220,21 @@ def test_the_real_model(real_model):
     text = "The lighthouse stood on the last rock before the open sea, and nobody had lived in it for"
     input_ids = tokenizer(text, return_tensors="pt").input_ids
     assert error(model, input_ids, 64, 4, max_new_tokens=64 + 48 - input_ids.shape[1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_perplexity_of_a_long_prompt_whatever_its_chunks(real_model):
+    model, tokenizer = real_model
+    tokens = tokenizer(pydoc_data.topics.topics["comparisons"], return_tensors="pt").input_ids[:, :481]
+    perplexities = []
+    for chunk_size in (1, 7, 16, 62, 124, 353):
+        cache, logits = SinkCache(128, 4).bind(model), []
+        with torch.no_grad():
+            for ids in tokens[:, :480].split([127] + [chunk_size] * (353 // chunk_size) + [353 % chunk_size], dim=1):
+                logits += [model(**cache.prepare_inputs(ids)).logits[0]] if ids.shape[1] else []
+        loss = torch.nn.functional.cross_entropy(torch.cat(logits)[127:], tokens[0, 128:])
+        perplexities.append(float(loss.exp()))
+    assert max(perplexities) - min(perplexities) < 5e-5 * min(perplexities)
 
 
 @pytest.mark.slow
