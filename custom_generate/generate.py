@@ -1122,6 +1122,8 @@ def _can_record(layer: Any) -> bool:
 
 def _gather(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """What `buffer`, `[batch, kv_heads, window.length, head_dim]`, has in `slots` (`[rows, n]`) of each row."""
+    if len(slots) == 1:  # copies whole tokens: several times as fast
+        return buffer.index_select(2, slots[0])
     batch, heads, _, head_dim = buffer.shape
     return buffer.gather(2, slots[:, None, :, None].expand(batch, heads, -1, head_dim))
 
@@ -2580,19 +2582,24 @@ def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
     return cut
 
 
+MOST_IN_A_CHUNK = 256  # tokens, by default
+
+
 def _chunks(
     model: PreTrainedModel, cache: SinkCache, length: int, prefill_chunk_size: Optional[int], least_last: int = 1
 ) -> list[slice]:
     """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
 
-    How a prompt is cut is a matter of time and memory alone. For each token of a chunk that evicts, attention sees one
-    more copy of the sinks, so by default a chunk has so many tokens that these copies take half a window.
+    How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each token
+    of it attention sees one more copy of the sinks. So by default a chunk has so many tokens that these copies take
+    three quarters of a window, and at most 256: with more of them, attention would take more time than passes save.
 
     Args:
         least_last: how many tokens the last update must have at least.
     """
     start, window = cache.get_seq_length(), cache._window
-    chunk_size = prefill_chunk_size or max(window.length // (2 * max(window.num_sinks, 1)), 1)
+    default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
+    chunk_size = prefill_chunk_size or default
     takes_masks = _takes_masks(model)
     if not cache._resumes or not takes_masks:
         chunk_size = 1
@@ -2781,8 +2788,8 @@ def generate(
                 the cache.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
                 alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
-                chunks of `window_length / (2 * num_sink_tokens)`: attention sees so many copies of the sinks, one for
-                each token of a chunk, that they take half a window.
+                chunks of `3/4 * window_length / num_sink_tokens`, at most 256: attention sees a copy of the sinks for
+                each token of a chunk, and these take three quarters of a window.
             assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
                 assistant drafts in a window of its own, as long as the model's.
 
