@@ -36,6 +36,7 @@ def error(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kw
 
 
 # Each is the same code to the cache on all releases, and runs on the first and the last; Llama on those between too.
+OTHER_WINDOWS = [(16, 0), (16, 15), (12, 1)]
 ARCHITECTURES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral", "deepseek_v3"))]
 
 
@@ -131,9 +132,11 @@ def test_a_prompt_that_the_window_holds_at_once(length):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15), (12, 1)], ids=str)
+@pytest.mark.parametrize(
+    "window", [(16, 4), *(pytest.param(w, marks=pytest.mark.slow) for w in OTHER_WINDOWS)], ids=str
+)
 @pytest.mark.parametrize("prefill_chunk_size", [None, 1, 2, 7, "W - S", 100])
-@pytest.mark.parametrize("length", [50, 130])
+@pytest.mark.parametrize("length", [pytest.param(50, marks=pytest.mark.slow), 130])
 def test_a_long_prompt_in_chunks(architecture, window, prefill_chunk_size, length):
     if prefill_chunk_size == "W - S":
         prefill_chunk_size = window[0] - window[1]

@@ -17,7 +17,9 @@ def feed(model, cache, tokens: torch.Tensor, updates: list[int]) -> torch.Tensor
         return torch.cat([model(**cache.prepare_inputs(ids)).logits for ids in tokens.split(updates, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15), (12, 1)], ids=str)
+@pytest.mark.parametrize(
+    "window", [(16, 4), *(pytest.param(w, marks=pytest.mark.slow) for w in [(16, 0), (16, 15), (12, 1)])], ids=str
+)
 @pytest.mark.parametrize("trained_length", [40, 512])
 @pytest.mark.parametrize("before", [[9, 3], [30], [12, *[1] * 20]], ids=["not full", "full", "one by one"])
 @pytest.mark.parametrize("length, taken", [(1, 1), (6, 1), (6, 4), (6, 6), (19, 13), (19, 19)])
