@@ -2,9 +2,10 @@
 
 The cache keeps the first `num_sink_tokens` tokens of a sequence and its latest `window_length - num_sink_tokens`.
 From top to bottom: what differs between releases of transformers; how a model turns its keys with their position
-(`Rotation`); which tokens one update keeps and attends to (`Step`); where equal layers keep them (`Ring`), and what one
-layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`) or driven by hand (`UnboundLayers`); the
-file of a conversation; what the model is given for a step (`_streaming`); and `generate`, which ties them together.
+(`Rotation`); which tokens are kept (`Window`), and what one update keeps, writes and sees (`UpdatePlan`); where equal
+layers keep them (`Ring`), and what one layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`)
+or driven by hand (`UnboundLayers`); the file of a conversation; what the model is given for a step (`_streaming`); and
+`generate`, which ties them together.
 
 Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the pairs of dimensions that RoPE turns.
 """
@@ -761,7 +762,14 @@ class UpdatePlan:
             has fewer), and `rows`, `columns`, `slots`: the new tokens `[rows, :, columns]` that are kept go to
             `[rows, :, slots]`.
         """
-        if device not in self._on_device:
+        if device not in self._on_device and self.length == 1:  # the common case, without what several tokens need
+            rows = [row for row, new in enumerate(self.num_new) if new]
+            slots = [self.first_slots[row] for row in rows]
+            indices = (
+                torch.tensor(each, dtype=torch.long, device=device) for each in ([], rows, [0] * len(rows), slots)
+            )
+            self._on_device[device] = tuple(indices)
+        elif device not in self._on_device:
             recent = self.tokens(-self.num_recent, torch.device("cpu"))[:, : self.num_recent]
             tokens = self.tokens(0, torch.device("cpu"))
             end = tokens[:, -1:] + 1
@@ -1210,9 +1218,12 @@ class SinkCache(Cache):
     All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They hold for one row, not padded, up to the length that the model was
-    trained on. Refused are a batch that must evict, steps past that length, going on with rows that were padded or
-    shifted back, and before transformers 4.54 several tokens at once on a full window. What the cache can't see there,
-    and is wrong: one row that is padded, and `position_ids` other than the model's own.
+    trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length, and
+    going on with rows that were padded or shifted back. What the cache can't see there, and is wrong: one row that is
+    padded, and `position_ids` other than the model's own.
+
+    What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
+    into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
 
     Args:
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.

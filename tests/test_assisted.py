@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from custom_generate.generate import SinkCache, generate
 
 EOS = 210  # until 4.52 prompt lookup asks for one
-NEW_TOKENS = 80
+NEW_TOKENS = 60
 
 
 def target(**settings):
@@ -58,15 +58,20 @@ ASSISTANCE = {
 
 @pytest.mark.parametrize("assistance", ASSISTANCE)
 @pytest.mark.parametrize(
-    "window", [(16, 4), *(pytest.param(w, marks=pytest.mark.slow) for w in [(16, 0), (12, 1)])], ids=str
+    "length, window",
+    [
+        (60, (16, 4)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(5, (16, 4)), (60, (16, 0)), (60, (12, 1))]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("length", [5, 60])
 def test_the_tokens_of_greedy_decoding(length, window, assistance):
     model = target(max_position_embeddings=64)
     ids = prompt(length)
     assert torch.equal(said(model, ids, window, **ASSISTANCE[assistance](model)), said(model, ids, window))
 
 
+@pytest.mark.slow
 def test_drafts_that_are_taken_and_drafts_that_are_not():
     model, ids = target(), prompt(16)
     expected = said(model, ids)
@@ -81,6 +86,7 @@ def test_drafts_that_are_taken_and_drafts_that_are_not():
     assert taken["a stranger"] < 1.5
 
 
+@pytest.mark.slow
 def test_a_text_that_repeats_itself_is_looked_up():
     # The model is made to say a line again and again, of which prompt lookup then finds the rest.
     model = target()
@@ -125,6 +131,7 @@ def test_sampled_logits_are_those_of_the_oracle(assistance):
     assert output.past_key_values.get_seq_length() == len(tokens) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assistance", ["prompt lookup", "the model itself"])
 def test_the_same_samples_as_transformers_while_nothing_is_evicted(assistance):
     model, ids = target(), prompt(10)
@@ -135,6 +142,7 @@ def test_the_same_samples_as_transformers_while_nothing_is_evicted(assistance):
         assert torch.equal(generate(model, 100, 4, **settings, **ASSISTANCE[assistance](model)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assistance", ["prompt lookup", "the model itself", "a stranger", "an early exit"])
 def test_turns_of_one_conversation_with_and_without(assistance, tmp_path):
     model = target(max_position_embeddings=64)
@@ -148,6 +156,7 @@ def test_turns_of_one_conversation_with_and_without(assistance, tmp_path):
         both = copy.deepcopy(SinkCache.load(tmp_path / "conversation", model))
 
 
+@pytest.mark.slow
 def test_streamers_and_stopping_criteria():
     class Streamer(BaseStreamer):
         def __init__(self):
@@ -194,6 +203,7 @@ def test_a_conversation_goes_on_after_an_interrupt_among_drafts():
     assert torch.equal(rest, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_an_assistant_s_memory_is_a_window_too(do_sample):
     model, assistant = target(), target(num_hidden_layers=2)
@@ -233,6 +243,7 @@ def words(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", pad_token="w2")
 
 
+@pytest.mark.slow
 def test_an_assistant_with_another_tokenizer():
     model, assistant = target(), small_model(vocab_size=151, num_hidden_layers=1)
     kwargs = dict(assistant_model=assistant, tokenizer=words(211), assistant_tokenizer=words(151))
