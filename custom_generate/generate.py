@@ -1332,7 +1332,8 @@ class SinkCache(Cache):
         bound_to = None if self._model is None else self._model()
         if bound_to is not model:
             _refuse_model(model, self.window_length)
-        with torch.autocast(_device(model).type, enabled=False):
+        device = model.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             reading = read_model(model)
         if bound_to is model and reading.rotations is self._rotations:
             return self
@@ -2693,7 +2694,9 @@ def _masks(model: PreTrainedModel, cache: SinkCache, plan: UpdatePlan, tokens: t
             'flash attention, does not take. Pass one token at a time, or load the model with "sdpa".'
         )
     padded, mask = any(cache.pads), None
-    by_kind = not cache._sinks_only and (padded or plan.sees_copies)
+    # A layer that is neither, and no sink layer, is for what comes beside text: such models take no masks by kind.
+    several = any(type(layer).__name__ in KEPT_LAYERS or isinstance(layer, StateLayer) for layer in cache.layers)
+    by_kind = several and (padded or plan.sees_copies)
     # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
     leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
     if plan.needs_mask or (leaves_it and _takes_masks(model)):
