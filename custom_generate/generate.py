@@ -36,6 +36,7 @@ import safetensors.torch
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 try:
     import fcntl
@@ -85,6 +86,9 @@ COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
 
 # What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
 CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
+
+# 5.0 itself leaves out this argument in early exits, which therefore fail.
+EARLY_EXITS_FAIL = "is_first_iteration" in inspect.signature(AssistedCandidateGenerator.get_candidates).parameters
 
 # Decoding modes that the release no longer has itself, but loads from repositories of the Hub: by the argument that
 # asks for each.
@@ -1712,8 +1716,7 @@ class SinkCache(Cache):
                 raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
             named = {CROP_ARGUMENT: tokens}
         ((name, tokens),) = named.items()
-        if not isinstance(tokens, int) or isinstance(tokens, bool):
-            raise TypeError(f"`{name}` must be an int, got {tokens!r}.")
+        tokens = _integer(name, tokens)  # assisted decoding of some releases counts in a tensor
         self.settle()
         seen = self.get_seq_length()
         end = tokens if tokens > 0 or (tokens == 0 and name == "max_length") else seen + tokens
@@ -3070,6 +3073,11 @@ def _refuse_assistance(model: PreTrainedModel, cache: SinkCache, kwargs: dict[st
         raise ValueError(
             f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
             "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
+        )
+    if name == "assistant_early_exit" and EARLY_EXITS_FAIL:
+        raise ValueError(
+            f"`{name}` fails in transformers {transformers.__version__} with any cache: an argument is left out there. "
+            "Update transformers, or use `prompt_lookup_num_tokens` or an `assistant_model`."
         )
     if _is_synced(model, kwargs.get("synced_gpus")):
         raise ValueError(

@@ -99,12 +99,19 @@ def test_the_argument_of_crop_is_the_release_s():
         cache.crop(tokens_to_remove=0)
         cache.crop(tokens_to_remove=-2)
         assert cache.get_seq_length() == seen - 2
-        cache.crop(seen - 3)
+        cache.crop(torch.tensor(seen - 3))
         cache.crop(max_length=seen - 4)
         assert cache.get_seq_length() == seen - 4
         cache.crop(max_length=0) if CROP_ARGUMENT == "tokens_to_remove" else cache.crop(0)
         assert cache.get_seq_length() == 0 and cache.is_bound
-    for arguments, named in (((), {}), ((1,), dict(max_length=3)), ((), dict(length=3)), ((1.5,), {}), ((True,), {})):
+    for arguments, named in (
+        ((), {}),
+        ((1,), dict(max_length=3)),
+        ((), dict(length=3)),
+        ((1.5,), {}),
+        ((torch.tensor(1.5),), {}),
+        ((True,), {}),
+    ):
         with pytest.raises(TypeError, match="crop|must be an int"):
             cache.crop(*arguments, **named)
 
