@@ -43,6 +43,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+__version__ = "1.0.0"
+
 _logger = transformers.logging.get_logger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ os.environ["HF_TOKEN"] = "hf_loopback"
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,16 @@ def carrier(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
     HUB.commit_folder("you/my_model", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """The folder into which pip installed this repository alone, for `PYTHONPATH`."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "README.md"):  # pip builds where the source lies
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "custom_generate", source / "custom_generate")
+    # Off line: setuptools is there, and so is what it depends on.
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-compile"]
+    subprocess.run([*pip, "--target", target, source], check=True)
+    return target

@@ -99,7 +99,7 @@ def test_no_compilation_with_layers_that_slide():
 
 
 def test_no_compilation_by_a_torch_that_fails_at_it(monkeypatch):
-    monkeypatch.setattr("custom_generate.generate.COMPILES", False)
+    monkeypatch.setitem(generate.__globals__, "COMPILES", False)
     model, graphs = small_model(num_hidden_layers=1), []
     sequences = stream(model, prompt(5), compile_config=tracing(graphs))
     assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []

@@ -15,8 +15,7 @@ import safetensors.torch
 import torch
 from helpers import ROOT, prompt, seeded, small_model
 
-from custom_generate import generate as module
-from custom_generate.generate import FORMAT_VERSION, SinkCache, generate
+from custom_generate.generate import FORMAT_VERSION, SinkCache, _checksum, generate
 
 # --- damage
 
@@ -50,7 +49,7 @@ def read(path):
 def write(path, state, tensors, checksum=False):
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if checksum:
-        state["checksum"] = module._checksum(state, tensors)
+        state["checksum"] = _checksum(state, tensors)
     text = state if isinstance(state, str) else json.dumps(state)
     safetensors.torch.save_file(tensors, path, {"sink_cache": text})
 
