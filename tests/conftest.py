@@ -2,7 +2,7 @@
 import os
 import tempfile
 
-from hub import Hub
+from tests.support.hub import Hub
 
 # Before transformers is imported: the Hub that it asks is this one, and what it downloads does not mix with the user's.
 HUB = Hub()
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import ROOT, small_model, small_tokenizer
-from real_model import load_real_hybrid_model, load_real_model
+
+from tests.support.helpers import ROOT, small_model, small_tokenizer
+from tools.real_models import load_real_hybrid_model, load_real_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

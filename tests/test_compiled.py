@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, left_padded, prompt, seeded, small_model
 from packaging.version import Version
 from torch._inductor import compile_fx
 from transformers import CompileConfig
 
 from custom_generate.generate import COMPILES, SinkCache, generate
+from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
 
 pytestmark = pytest.mark.skipif(not COMPILES, reason="from 5.2 transformers needs torch 2.7 to be compiled")
 NEW_TOKENS = 60

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, loadable, prompt, small_model
+
+from tests.support.helpers import ROOT, loadable, prompt, small_model
 
 NEEDED = ["COMPATIBILITY.md", "LICENSE", "README.md"]
 PICTURES = ["peers-amd-epyc-x86_64-cpu-smollm2-135m", "perplexity-smollm2-135m-instruct-python-cpu-1024"]
