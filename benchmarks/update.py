@@ -13,9 +13,9 @@ from functools import partial
 from statistics import median
 
 import torch
-from measure import Table, described, in_turns, now, parsed, random_model, ratio, target
 from transformers import PreTrainedModel, Qwen3Config
 
+from benchmarks.measure import Table, described, in_turns, now, parsed, random_model, ratio, target
 from custom_generate.generate import SinkCache
 
 LAYERS, HEADS, DIM, SINKS = 28, 8, 128, 4

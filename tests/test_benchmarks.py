@@ -9,9 +9,9 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
-from helpers import ROOT
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,9 @@ def measured(carrier, tmp_path):
     text.write_text((ROOT / "README.md").read_text())
 
     def start(folder: Path, *arguments: str) -> pexpect.spawn:
-        command = [str(ROOT / "benchmarks/perplexity.py"), "--model", str(carrier), "--text", str(text)]
+        command = ["-m", "benchmarks.perplexity", "--model", str(carrier), "--text", str(text)]
         command += ["--window-length", "32", "--every", "64", "--dtype", "float32", "--results", str(folder)]
-        return pexpect.spawn(sys.executable, [*command, *arguments], encoding="utf-8", timeout=120)
+        return pexpect.spawn(sys.executable, [*command, *arguments], cwd=ROOT, encoding="utf-8", timeout=120)
 
     return start
 

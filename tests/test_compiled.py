@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, left_padded, prompt, seeded, small_model
 from packaging.version import Version
 from torch._inductor import compile_fx
 from transformers import CompileConfig
 
 from custom_generate.generate import CAN_COMPILE, SinkCache, generate
+from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
 
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="from 5.2 transformers needs torch 2.7 to be compiled")
 NEW_TOKENS = 60
@@ -99,7 +99,7 @@ def test_no_compilation_with_layers_that_slide():
 
 
 def test_no_compilation_by_a_torch_that_fails_at_it(monkeypatch):
-    monkeypatch.setattr("custom_generate.generate.CAN_COMPILE", False)
+    monkeypatch.setitem(generate.__globals__, "CAN_COMPILE", False)
     model, graphs = small_model(num_hidden_layers=1), []
     sequences = stream(model, prompt(5), compile_config=tracing(graphs))
     assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []

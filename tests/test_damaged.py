@@ -13,10 +13,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from helpers import ROOT, prompt, seeded, small_model
 
-from custom_generate import generate as module
-from custom_generate.generate import FORMAT_VERSION, SinkCache, generate
+from custom_generate.generate import FORMAT_VERSION, SinkCache, _checksum, generate
+from tests.support.helpers import ROOT, prompt, seeded, small_model
 
 # --- damage
 
@@ -50,7 +49,7 @@ def read(path):
 def write(path, state, tensors, checksum=False):
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if checksum:
-        state["checksum"] = module._checksum(state, tensors)
+        state["checksum"] = _checksum(state, tensors)
     text = state if isinstance(state, str) else json.dumps(state)
     safetensors.torch.save_file(tensors, path, {"sink_cache": text})
 
@@ -400,10 +399,11 @@ def test_threads_that_save_to_one_path(tmp_path):
 def test_a_kill_leaves_the_old_or_the_new(tmp_path):
     with seeded():
         code = f"""if True:
-        import os, random, signal, sys, time
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from helpers import prompt, small_model
-        from test_damaged import SinkCache, generate
+        import os, random, signal, time, torch
+        from tests.support.helpers import prompt, small_model
+        from tests.test_damaged import SinkCache, generate
+        torch.set_num_threads(1)  # a fork has no others
+        os.chdir({str(tmp_path)!r})
         model, path = small_model(), "conversation"
         caches = SinkCache(512, 4), SinkCache(512, 4)
         for length, cache in zip((100, 200), caches):
@@ -424,5 +424,5 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path):
             found.append(SinkCache.load(path, model).get_seq_length())
         caches[0].save(path)
         print(sorted(set(found)), os.listdir("."))"""
-    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
     assert said.strip().splitlines()[-1] == "[100, 200] ['conversation']"

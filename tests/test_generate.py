@@ -8,12 +8,12 @@ import weakref
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, left_padded, prompt, seeded, small_model
 from packaging.version import Version
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
 
 
 def tokens(model, *args, seed: int = 0, **kwargs) -> torch.Tensor:

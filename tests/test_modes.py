@@ -6,9 +6,10 @@ import copy
 import accelerate
 import pytest
 import torch
-from helpers import ROOT, answer, difference, left_padded, oracle, prompt, small_model
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import ROOT, answer, left_padded, prompt, small_model
+from tests.support.oracle import difference, oracle
 
 
 def turns(model, *modes, cache=None):

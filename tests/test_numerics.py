@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import seeded, small_model
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import seeded, small_model
 
 WINDOW, SINKS, HEAD_DIM = 1024, 4, 16
 ROUNDING = 2**-8  # bfloat16 has 8 significant bits

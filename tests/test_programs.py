@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import small_model
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import small_model
 
 HEAD_DIM = 16
 MODELS = {length: small_model(num_hidden_layers=1, max_position_embeddings=length) for length in (8, 11, 512)}

@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, loadable, prompt, small_model
+
+from tests.support.helpers import ROOT, loadable, prompt, small_model
 
 NEEDED = ["COMPATIBILITY.md", "LICENSE", "README.md"]
 PICTURES = ["peers-amd-epyc-x86_64-cpu-smollm2-135m", "perplexity-smollm2-135m-instruct-python-cpu-1024"]
 PICTURES += ["recall-smollm2-135m-instruct-cpu"]
 NEEDED += [f"benchmarks/results/{name}.png" for name in PICTURES]
-NEEDED += ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+NEEDED += ["config.json", "custom_generate/__init__.py", "custom_generate/generate.py"]
+NEEDED += ["custom_generate/requirements.txt", "pyproject.toml"]
 
 
 def push(*arguments: str, root=ROOT) -> str:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, small_model, stream
+from tests.support.oracle import difference, oracle
 
 
 def error(model, reference=None) -> float:

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
-from helpers import answer, difference, oracle, prompt, small_model, stream
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import answer, prompt, small_model, stream
+from tests.support.oracle import difference, oracle
 
 
 def error(model) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from helpers import ROOT, loadable, prompt, readme_snippets, small_model, small_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tests.support.helpers import ROOT, loadable, prompt, readme_snippets, small_model, small_tokenizer
 
 pytestmark = pytest.mark.slow  # test_serve.py runs the commands of its section; `make test` is what runs this
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, prompt, small_model, with_the_old_class
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, prompt, small_model, with_the_old_class
 
 
 def forward_passes(model) -> list[int]:

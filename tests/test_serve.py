@@ -11,9 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import RELEASE, ROOT, loadable, readme_snippets
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.helpers import RELEASE, ROOT, loadable, readme_snippets
 
 pytestmark = [
     pytest.mark.slow,

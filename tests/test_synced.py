@@ -5,9 +5,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import answer, prompt, seeded, small_model
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import answer, prompt, seeded, small_model
 
 
 class Others:
