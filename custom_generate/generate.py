@@ -496,9 +496,8 @@ class Ring:
 
 def mark_static(*tensors: torch.Tensor) -> None:
     """Let CUDA graphs write into these tensors. Without a guard, another cache's tensors use the same code."""
-    if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor, guard=False)
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def gather_slots(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -642,10 +641,6 @@ class SinkLayer(CacheLayerMixin):
         self.keys[self.ring.rows, :, self.ring.slots] = key_states[:, :, 0]
         self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
         return self.keys, self.values
-
-    def count_compiled(self) -> None:
-        """Count the token that `write_compiled` put into its slot."""
-        self.evicted, self.seen = Evicted(self.seen + 1, 1), self.seen + 1
 
     def _sink_copies(self, plan: UpdatePlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
@@ -957,6 +952,29 @@ def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -
 # Runs of a few tokens
 
 
+def shared(module: torch.nn.Module) -> Any:
+    """An object that shares all of `module`: what is set on it is not set on the module."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    return stand_in
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether the user compiled the model, or parts of it, as its layers."""
+    return any(uncompiled_code(module) or hasattr(module, "_orig_mod") for module in model.modules())
+
+
+def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
+    """The attributes of a model that run it uncompiled; none if the user did not compile it as a whole."""
+    uncompiled = {}
+    if vars(model).get("_compiled_call_impl") is not None:  # by `model.compile()`
+        uncompiled["_compiled_call_impl"] = None
+    forward = getattr(vars(model).get("forward"), "_torchdynamo_orig_callable", None)
+    if forward is not None:  # by `model.forward = torch.compile(model.forward)`
+        uncompiled["forward"] = forward
+    return uncompiled
+
+
 def some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Four rows of `length` tokens, int64."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -981,10 +999,12 @@ def _run(
     Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
     """
     cache = default_cache(model.config) if cache is None else cache
+    runs = shared(model)  # uncompiled: to compile would take longer, and for these few tokens only
+    vars(runs).update(uncompiled_code(model))
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
         kwargs["position_ids"] = positions.expand(4, -1)
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
+    return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
@@ -2026,17 +2046,27 @@ class Stream:
             return layer.write_compiled(key_states, value_states)
         if not isinstance(layer, SinkLayer):
             return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._update_untraced(layer, key_states, value_states)
+        return self._update(layer, key_states, value_states)
+
+    def _update(
+        self, layer: SinkLayer, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.plan_update(layer.seen, key_states.shape[2])
         if not self._prepared:
             self._refuse_unprepared(plan, key_states.shape[0])
         self.has_evicted |= plan.evicts
         keys, values = layer.update(key_states, value_states, plan)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
             return keys, values
         # A graph would keep the slots themselves, which the next update writes into.
         if key_states.requires_grad or value_states.requires_grad:
             return WithoutGraph.apply(keys, values, key_states, value_states)
         return keys.clone(), values.clone()
+
+    # Its numbers are other ones at each step. In code that the user compiled it stays uncompiled.
+    _update_untraced = torch.compiler.disable(_update)
 
     def _refuse_unprepared(self, plan: UpdatePlan, batch_size: int) -> None:
         """Raise if the mask or the positions that the model makes by itself can't be right for this update."""
@@ -2069,6 +2099,8 @@ class Stream:
         for ring in self.rings:
             ring.place_sinks(plan.sink_shifts)
             ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
+        for layer in self.layers:
+            layer.evicted = Evicted(plan.end, 1)  # tells `settle` of a step that was cut short
         if self._slots_mask is None:
             seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
             filled = torch.arange(self.window.length, dtype=torch.long, device=device) <= seen
@@ -2081,7 +2113,7 @@ class Stream:
         """Count the token that a compiled step wrote."""
         self.has_evicted |= self._plan.evicts
         for layer in self.layers:
-            layer.count_compiled()
+            layer.seen = self._plan.end
 
     def leave_compiled_steps(self) -> None:
         """Have what follows not be compiled."""
@@ -3114,13 +3146,6 @@ SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache":
 GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 
 
-def shared(module: torch.nn.Module) -> Any:
-    """An object that shares all of `module`: what is set on it is not set on the module."""
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
-    return stand_in
-
-
 def copied_with(config: Any, **settings) -> Any:
     """`config`, or where that changes it a copy, with these attributes."""
     if any(getattr(config, name, None) != value for name, value in settings.items()):
@@ -3142,6 +3167,7 @@ class StreamedCall:
         cache: in use by this call alone.
         chunk_size: `prefill_chunk_size` of `generate`.
         progress: whether to show a progress bar while a long prompt goes in.
+        assisted: whether the loop takes tokens back.
 
     Attributes:
         stand_in: what the decoding loop runs on.
@@ -3150,7 +3176,8 @@ class StreamedCall:
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, if there are some.
         prompt_is_next: whether the loop has yet to prepare its first inputs.
-        compiled: whether the loop compiles its steps.
+        compiled: whether single tokens go in by compiled code, of transformers or of the user.
+        uncompiled: what runs the model otherwise, if the user compiled it as a whole.
         handed_on: whether the cache has come to transformers' own `generate`, by one of the model's class perhaps.
     """
 
@@ -3161,11 +3188,15 @@ class StreamedCall:
         "_prepare_generated_length",
         "_get_stopping_criteria",
         "_valid_auto_compile_criteria",
-        "get_compiled_call",
     )
 
     def __init__(
-        self, model: PreTrainedModel, cache: SinkCache, chunk_size: Optional[int] = None, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        cache: SinkCache,
+        chunk_size: Optional[int] = None,
+        progress: bool = False,
+        assisted: bool = False,
     ):
         self.model, self.cache, self.chunk_size, self.progress = model, cache, chunk_size, progress
         self.stand_in = shared(model)
@@ -3176,8 +3207,9 @@ class StreamedCall:
             vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
         self.columns = self.columns_not_passed = 0
         self.mask_given, self.embeddings = False, None
-        self.prompt_is_next = True
-        self.compiled = self.handed_on = False
+        self.prompt_is_next, self.handed_on = True, False
+        self.uncompiled = uncompiled_code(model)
+        self.compiled = is_compiled(model) and not assisted and self._can_step_in_tensors
 
     @staticmethod
     def _in_place_of(method: Callable, ours: Callable) -> Callable:
@@ -3249,31 +3281,19 @@ class StreamedCall:
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], *args) -> bool:
         """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
-        self.cache.is_compileable = (
-            CAN_COMPILE
-            and self.stream.has_sinks_only
-            and takes_masks(self.model)
-            and getattr(self.model, "_can_compile_fullgraph", True)
-        )
+        one_graph = getattr(self.model, "_can_compile_fullgraph", True)
+        self.cache.is_compileable = CAN_COMPILE and one_graph and self._can_step_in_tensors
         try:
             valid = self.model._valid_auto_compile_criteria(model_kwargs, *args)
         finally:
             self.cache.is_compileable = False
-        self.compiled = valid and model_kwargs.get("past_key_values") is self.cache
+        self.compiled |= valid and model_kwargs.get("past_key_values") is self.cache
         return valid
 
-    def get_compiled_call(self, compile_config: Any) -> Callable:
-        """As ever, but what compiled code leaves out is done after it."""
-        call = type(self.model).get_compiled_call(self.stand_in, compile_config)
-
-        @functools.wraps(call)
-        def compiled_call(**inputs) -> Any:
-            outputs = call(**inputs)
-            if inputs.get("past_key_values") is self.cache:
-                self.stream.count_compiled_token()
-            return outputs
-
-        return compiled_call
+    @property
+    def _can_step_in_tensors(self) -> bool:
+        """Whether single tokens can go in by compiled code: by tensors alone, with a mask."""
+        return self.stream.has_sinks_only and takes_masks(self.model)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
@@ -3281,7 +3301,8 @@ class StreamedCall:
             return self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         stream, is_prompt = self.stream, self.prompt_is_next
         start, end = stream.seen, self.columns_not_passed + input_ids.shape[1]
-        self.prompt_is_next, stream.in_compiled_step = False, self.compiled and not is_prompt
+        self.prompt_is_next = False
+        self._compile_step(self.compiled and not is_prompt)
         if is_prompt:
             stream.begin(len(input_ids), left_padding(kwargs.get("attention_mask"), self.mask_given))
             stream.refuse_other_ids(input_ids, end)
@@ -3301,6 +3322,13 @@ class StreamedCall:
         if is_prompt:
             inputs = self._last_chunk(inputs, new_columns=end - self.columns)
         return stream.inputs_for_step(self.stand_in, inputs)
+
+    def _compile_step(self, compiled: bool) -> None:
+        """Have the next forward pass compiled, by transformers or by the user, or not."""
+        self.stream.in_compiled_step = compiled
+        vars(self.stand_in).update(
+            {name: vars(self.model)[name] for name in self.uncompiled} if compiled else self.uncompiled
+        )
 
     def _last_chunk(self, inputs: dict[str, Any], new_columns: int) -> dict[str, Any]:
         """Run the model on all of a prompt but its last chunk; the inputs of that.
@@ -3330,6 +3358,8 @@ class StreamedCall:
         kwargs = self.model._update_model_kwargs_for_generation(*args, **kwargs)
         if kwargs.get("past_key_values") is not self.cache:
             return kwargs
+        if self.stream.in_compiled_step:
+            self.stream.count_compiled_token()
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
@@ -3343,7 +3373,7 @@ class SyncedCall(StreamedCall):
     a cache that is thrown away. By itself transformers has it go on in its own cache, with tokens that were seen.
     """
 
-    REPLACED = (*StreamedCall.REPLACED, "_has_unfinished_sequences")
+    REPLACED = (*StreamedCall.REPLACED, "_has_unfinished_sequences", "get_compiled_call")
     finished = False  # whether this rank only waits for others
 
     def _has_unfinished_sequences(self, this_peer_finished: Union[torch.Tensor, bool], *args, **kwargs) -> bool:
@@ -3359,7 +3389,7 @@ class SyncedCall(StreamedCall):
 
     def get_compiled_call(self, compile_config: Any) -> Callable:
         """As ever, but idle passes are not compiled: their cache grows by itself."""
-        compiled_call = super().get_compiled_call(compile_config)
+        compiled_call = type(self.model).get_compiled_call(self.stand_in, compile_config)
 
         @functools.wraps(compiled_call)
         def call(**inputs) -> Any:
@@ -3582,7 +3612,7 @@ def _generate(
     call_class = SyncedCall if is_synced(model, kwargs.get("synced_gpus")) else StreamedCall
     depth = resolve_setting(model, kwargs, "assistant_early_exit")
     runs_on = with_its_own_depth(model) if depth else model
-    call = call_class(runs_on, cache, chunk_size, prefill_progress)
+    call = call_class(runs_on, cache, chunk_size, prefill_progress, assisted=assistance is not None)
     if depth:  # transformers has the model itself draft
         call.stand_in.generate = Drafter(model, window, depth, runs_on).generate
     return call.decode(loop, kwargs)

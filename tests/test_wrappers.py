@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from custom_generate.generate import SinkCache, generate
 from tests.conftest import HUB
-from tests.support.helpers import RELEASE, ROOT, loadable, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, ROOT, left_padded, loadable, prompt, seeded, small_model
 from tests.support.modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from tests.support.oracle import difference, oracle
 
@@ -164,6 +164,57 @@ def compiled(how: str, backend: str):
 )
 def test_a_compiled_model(door, how, backend):
     assert error(door, compiled(how, backend), small_model(num_hidden_layers=1), max_new_tokens=24) < 1e-5
+
+
+def counting(model, how: str, dynamic) -> list:
+    """Compile a small Llama in one of the ways that users do; the list gets each graph, which runs as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    if how == "its forward":
+        model.forward = torch.compile(model.forward, backend=backend, dynamic=dynamic)
+    for module in {"in place": [model], "its layers": model.model.layers}.get(how, []):
+        module.compile(backend=backend, dynamic=dynamic)
+    return graphs
+
+
+WAYS = [("its forward", None), ("in place", True)]
+WAYS += [pytest.param(*way, marks=pytest.mark.slow) for way in [("its forward", True), ("its layers", None)]]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("how, dynamic", WAYS)
+def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, rows):
+    settings = dict(left_padded([prompt(10), prompt(8)][:rows]), do_sample=False)
+    model = small_model(num_hidden_layers=2)
+    expected = generate(model, 16, 4, max_new_tokens=40, **settings)
+    graphs = counting(model, how, dynamic)
+    model.generate(max_new_tokens=10, **settings)
+    plain = len(graphs)
+    model = small_model(num_hidden_layers=2)
+    graphs = counting(model, how, dynamic)
+    for new_tokens in (20, 40):
+        found = generate(model, 16, 4, max_new_tokens=new_tokens, **settings)
+        assert torch.equal(found, expected[:, : 10 + new_tokens])
+        # Layers by themselves are compiled for the few tokens that the model is read by, too.
+        assert 0 < len(graphs) <= (plain if how != "its layers" else 12)
+
+
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how, dynamic", WAYS)
+def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled(how, dynamic, chunk):
+    model, tokens = small_model(num_hidden_layers=2), prompt(45)
+    counting(model, how, dynamic)
+    cache, logits = SinkCache(16, 4).bind(model), []
+    with torch.no_grad():
+        for part in tokens.split(chunk, dim=1):
+            logits.append(model(**cache.prepare_inputs(part)).logits[0])
+    expected = oracle(small_model(num_hidden_layers=2), tokens[0].tolist(), 16, 4)
+    assert difference(torch.cat(logits), expected) < 1e-5
 
 
 # --- quantized
