@@ -174,9 +174,11 @@ def by_run(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
     """Print the perplexity of each run between each two of `bounds`, and what a token took at its end.
 
-    And how many times that of the full cache it is, of each `every` tokens after the first bound: median and most.
+    And how many times that of the full cache it is, of each `every` tokens after the first bound: median and most. If
+    the full cache was measured in several dtypes, that is the one that was measured furthest.
     """
-    full = {row["tokens"]: row["nll"] for row in rows if row["cache"] == "full" and row["stride"] == 1}
+    full_runs = (own for key, own in by_run(rows).items() if key[0] == "full" and key[4] == 1)
+    full = {row["tokens"]: row["nll"] for row in max(full_runs, key=len, default=[])}
     ranges = list(zip(bounds, bounds[1:]))
     titles = [f"{start + 1:,} to {end:,}" for start, end in ranges]
     titles = [
@@ -206,22 +208,24 @@ def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
 def draw(rows: list[dict[str, Any]], window: int, sinks: int, path: Path) -> None:
     """Perplexity, memory and time along the text, of those with this window and these sinks: the README's picture.
 
-    Perplexity is that of the last 512 tokens. Time is the least that a token took there or further on, which leaves out
-    what other work on the machine added for a while. Recomputation is off these scales, and stands in the table alone.
+    Of several dtypes it shows the one that was measured furthest. Perplexity is that of the last 512 tokens. Time is
+    the least that a token took there or further on, which leaves out what other work on the machine added for a while.
+    Recomputation is off these scales, and stands in the table alone.
     """
     figure, axes = plot.panels_side_by_side(3)
     shown = {("sink", window, sinks): "sink cache", ("full", 0, 0): "full cache"}
     shown |= {("window", window, 0): "no sinks", ("old", window, sinks): "old cache"}
-    judged_whole = {run: own for run, own in by_run(rows).items() if run[4] == 1}
     for run, name in shown.items():
-        for own in [own for whole, own in judged_whole.items() if whole[:3] == run]:
-            style = dict(plot.STYLES[NAMES[run[0]]], label=name)
-            style["linewidth"] *= 1.6
-            places, times = [row["tokens"] for row in own], [row["ms"] for row in own]
-            values = [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)]
-            axes[0].plot(places, values, **style)
-            axes[1].plot(places, [row["mib"] for row in own], **style)
-            axes[2].plot(places, [min(times[at:]) for at in range(len(times))], **style)
+        own = max((own for key, own in by_run(rows).items() if key[:3] == run and key[4] == 1), key=len, default=[])
+        if not own:
+            continue
+        style = dict(plot.STYLES[NAMES[run[0]]], label=name)
+        style["linewidth"] *= 1.6
+        places, times = [row["tokens"] for row in own], [row["ms"] for row in own]
+        values = [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)]
+        axes[0].plot(places, values, **style)
+        axes[1].plot(places, [row["mib"] for row in own], **style)
+        axes[2].plot(places, [min(times[at:]) for at in range(len(times))], **style)
     axes[0].plot([], [], color="#777777", linestyle=":", label="window")
     for panel, name in zip(axes, ("perplexity", "memory, MiB", "ms a token")):
         plot.entitle(panel, name, [window])
