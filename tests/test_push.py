@@ -9,7 +9,8 @@ from helpers import ROOT, loadable, prompt, small_model
 
 # The documents, which the README leads to, with all that was measured, and what transformers loads.
 NEEDED = ["CHANGELOG.md", "COMPATIBILITY.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks/README.md"]
-NEEDED += sorted(f"benchmarks/results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.[cp][sn][vg]"))
+MEASURED = [path.name for path in (ROOT / "benchmarks/results").iterdir() if path.suffix in (".csv", ".png")]
+NEEDED += [f"benchmarks/results/{name}" for name in sorted(MEASURED)]
 NEEDED += ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
 NEEDED += ["docs/migration.md", "docs/usage.md"]
 
