@@ -47,30 +47,30 @@ lint: .venv/ready
 # On the oldest release, the last one that has the old class.
 perplexity: .venv/ready .cache/plot $(MODEL)
 	.venv/bin/nox --session "tests($(OLDEST))" --install-only
-	PYTHONPATH=.cache/plot .nox/tests-$(subst .,-,$(OLDEST))/bin/python benchmarks/perplexity.py $(ARGS)
+	PYTHONPATH=.cache/plot .nox/tests-$(subst .,-,$(OLDEST))/bin/python -m benchmarks.perplexity $(ARGS)
 
 recall: .venv/ready .cache/plot $(MODEL)
-	PYTHONPATH=.cache/plot .venv/bin/python benchmarks/recall.py $(ARGS)
+	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.recall $(ARGS)
 
 # All of these measure a GPU if there is one.
 prefill assisted decode flat: .venv/ready $(MODEL)
-	.venv/bin/python benchmarks/$@.py $(ARGS)
+	.venv/bin/python -m benchmarks.$@ $(ARGS)
 
 update endless: .venv/ready
-	.venv/bin/python benchmarks/$@.py $(ARGS)
+	.venv/bin/python -m benchmarks.$@ $(ARGS)
 
 peers: .venv/ready .cache/plot
-	PYTHONPATH=.cache/plot .venv/bin/python benchmarks/peers.py $(ARGS)
+	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.peers $(ARGS)
 
 # Apart, because with what it brings along transformers builds other models than `make architectures` wrote down.
 .cache/plot: | .venv/ready
 	.venv/bin/pip install --quiet --target $@ matplotlib
 
 architectures: .venv/ready
-	.venv/bin/python tools/architectures.py $(ARGS)
+	.venv/bin/python -m tools.architectures $(ARGS)
 
 push: .venv/ready
-	.venv/bin/python tools/push.py $(REPO) $(ARGS)
+	.venv/bin/python -m tools.push $(REPO) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
@@ -86,7 +86,7 @@ $(MODEL): | .venv/ready
 
 # Gemma 3 270M (Gemma Terms of Use), for the tests alone, which are skipped where it can't be had: 250 MB.
 $(HYBRID): | .venv/ready
-	-.venv/bin/python tests/real_model.py
+	-.venv/bin/python -m tools.real_models
 
 clean:
 	rm -rf .venv .nox .cache

@@ -21,6 +21,7 @@ NEWEST_ONLY = [
     "damaged",
     "files",
     "in_use",
+    "installed",
     "modes",
     "numerics",
     "own_generate",

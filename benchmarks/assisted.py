@@ -13,9 +13,9 @@ from argparse import Namespace
 from statistics import median
 
 import torch
-from measure import Table, described, held, in_turns, load, load_with_tokenizer, now, parsed, ratio, target
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.measure import Table, described, held, in_turns, load, load_with_tokenizer, now, parsed, ratio, target
 from custom_generate.generate import generate
 
 CODE = '''

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from shapes import SHAPES
+
+from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Contestants, on transformers 4.34 to 5.23

@@ -13,10 +13,10 @@ import ctypes
 from statistics import median
 
 import torch
-from measure import MODELS, Clock, Table, described, in_turns, load, parsed, ratio, target
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
+from benchmarks.measure import MODELS, Clock, Table, described, in_turns, load, parsed, ratio, target
 from custom_generate.generate import SinkCache, generate
 
 BLOCK, LEFT_OUT = 32, 4  # tokens of a turn, and how many of them the machine needs to settle

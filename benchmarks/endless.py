@@ -8,18 +8,13 @@ pile up in what is kept.
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from helpers import SMALL, difference, small_model  # noqa: E402
-
-from custom_generate.generate import SinkCache  # noqa: E402
+from custom_generate.generate import SinkCache
+from tests.support.helpers import SMALL, small_model
+from tests.support.oracle import difference
 
 WINDOW, SINKS, LAYERS = 16, 4, 2
 

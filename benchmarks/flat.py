@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Optional
 
 import torch
-from measure import MODELS, Table, described, held, load, now, parsed, target
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.measure import MODELS, Table, described, held, load, now, parsed, target
 from custom_generate.generate import SinkCache, generate
 
 EVERY = 20  # tokens, of which the last has a plain step beside it

@@ -6,7 +6,6 @@ Contestants take turns in one process, and are compared round by round: what slo
 import argparse
 import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from real_model import load_real_model  # noqa: E402
-from shapes import SHAPES  # noqa: E402
+from benchmarks.shapes import SHAPES
+from tools.real_models import load_real_model
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,10 +23,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
-import plot
 import torch
-from contestants import CONTESTANTS, ROOT, Sinks, work
-from shapes import SHAPES
+
+from benchmarks import plot
+from benchmarks.contestants import CONTESTANTS, ROOT, Sinks, work
+from benchmarks.shapes import SHAPES
 
 # What is installed with all it needs, and what without that, which would be another torch or what it runs without.
 ENVIRONMENTS = {
@@ -38,7 +39,7 @@ ENVIRONMENTS = {
 
 def environment(name: str, folder: Path) -> Path:
     """The Python of an environment, which is made if need be."""
-    folder = folder / name.replace(" ", "-")
+    folder = folder.resolve() / name.replace(" ", "-")
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
         print(f"making {folder}", file=sys.stderr, flush=True)
@@ -75,7 +76,8 @@ class Worker:
         given = [f"--{option.replace('_', '-')}={getattr(arguments, option)}" for option in options]
         self.errors = tempfile.TemporaryFile("w+")
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1)
-        self.process = subprocess.Popen([python, __file__, f"--worker={name}", *given], env=variables, **pipes)
+        command = [python, "-m", "benchmarks.peers", f"--worker={name}", *given]
+        self.process = subprocess.Popen(command, env=variables, cwd=ROOT, **pipes)
         if answer := self.answer():  # one after the other: together they would be slower
             self.release, self.pace = self.release or f"transformers {answer['transformers']}", answer["pace"]
 

@@ -25,14 +25,14 @@ import statistics
 from pathlib import Path
 from typing import Any, Optional
 
-import plot
 import torch
 import transformers
-from contestants import tensors_of
-from measure import RESULTS, described, load_with_tokenizer, named, now, parsed
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks import plot
+from benchmarks.contestants import tensors_of
+from benchmarks.measure import RESULTS, described, load_with_tokenizer, named, now, parsed
 from custom_generate.generate import SinkCache
 
 NAMES = {

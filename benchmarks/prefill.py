@@ -16,9 +16,9 @@ from statistics import median
 from typing import Optional
 
 import torch
-from measure import MODELS, Table, described, forget_peak, held, in_turns, load, now, parsed, ratio
 from transformers import PreTrainedModel
 
+from benchmarks.measure import MODELS, Table, described, forget_peak, held, in_turns, load, now, parsed, ratio
 from custom_generate.generate import generate
 
 PLAIN = "one forward pass"

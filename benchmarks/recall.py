@@ -16,11 +16,12 @@ import random
 import re
 from pathlib import Path
 
-import plot
 import torch
-from measure import Table, described, load_with_tokenizer, parsed
-from perplexity import NAMES, SMOLLM2, Reader, rows_of, text_of
 from tqdm import tqdm
+
+from benchmarks import plot
+from benchmarks.measure import Table, described, load_with_tokenizer, parsed
+from benchmarks.perplexity import NAMES, SMOLLM2, Reader, rows_of, text_of
 
 QUESTION, ANSWER = 8, 2  # tokens
 

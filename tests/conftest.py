@@ -2,7 +2,7 @@
 import os
 import tempfile
 
-from hub import Hub
+from tests.support.hub import Hub
 
 # Before transformers is imported: the Hub that it asks is this one, and what it downloads does not mix with the user's.
 HUB = Hub()
@@ -12,12 +12,15 @@ os.environ["HF_TOKEN"] = "hf_loopback"
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import transformers
-from helpers import ROOT, small_model, small_tokenizer
-from real_model import load_real_hybrid_model, load_real_model
+
+from tests.support.helpers import ROOT, small_model, small_tokenizer
+from tools.real_models import load_real_hybrid_model, load_real_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -72,3 +75,16 @@ def carrier(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
     HUB.commit_folder("you/my_model", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """The folder into which pip installed this repository alone, for `PYTHONPATH`."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "README.md"):  # pip builds where the source lies
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "custom_generate", source / "custom_generate")
+    # Off line: setuptools is there, and so is what it depends on.
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-compile"]
+    subprocess.run([*pip, "--target", target, source], check=True)
+    return target

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import prompt, small_model
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import prompt, small_model
 
 SETTINGS = dict(max_new_tokens=40, do_sample=False)
 

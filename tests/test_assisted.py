@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers import difference, oracle, prompt, seeded, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import EARLY_EXITS_FAIL, SinkCache, generate
+from tests.support.helpers import prompt, seeded, small_model
+from tests.support.oracle import difference, oracle
 
 EOS = 210  # until 4.52 prompt lookup asks for one
 NEW_TOKENS = 60

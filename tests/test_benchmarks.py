@@ -9,9 +9,9 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
-from helpers import ROOT
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,9 @@ def measured(carrier, tmp_path):
     text.write_text((ROOT / "README.md").read_text())
 
     def start(folder: Path, *arguments: str) -> pexpect.spawn:
-        command = [str(ROOT / "benchmarks/perplexity.py"), "--model", str(carrier), "--text", str(text)]
+        command = ["-m", "benchmarks.perplexity", "--model", str(carrier), "--text", str(text)]
         command += ["--window-length", "32", "--every", "64", "--dtype", "float32", "--results", str(folder)]
-        return pexpect.spawn(sys.executable, [*command, *arguments], encoding="utf-8", timeout=120)
+        return pexpect.spawn(sys.executable, [*command, *arguments], cwd=ROOT, encoding="utf-8", timeout=120)
 
     return start
 
@@ -38,11 +38,11 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_it_goes_on_where_it_was_cut_off(measured, tmp_path):
-    caches = ("--caches", "full", "sink", "window", "--tokens", "512")
+    caches = ("--caches", "full", "sink", "window", "--tokens", "1024")
     assert "sink cache" in measured(tmp_path / "whole", *caches).read()
     expected = rows(tmp_path / "whole")
-    assert len(expected) == 3 * 8
-    for cut_at in (3, 11):  # in the full cache's run, and in that of the sink cache
+    assert len(expected) == 3 * 16
+    for cut_at in (3, 19):  # in the full cache's run, and in that of the sink cache
         cut = measured(tmp_path / "cut", *caches)
         while len(rows(tmp_path / "cut")) < cut_at:
             assert cut.isalive(), cut.read()

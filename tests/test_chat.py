@@ -6,7 +6,8 @@ import time
 
 import pexpect
 import pytest
-from helpers import ROOT
+
+from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, answer, difference, left_padded, oracle, prompt, seeded, small_model
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import ROOT, answer, left_padded, prompt, seeded, small_model
+from tests.support.oracle import difference, oracle
 
 # --- turns
 
@@ -104,14 +105,13 @@ def test_a_conversation_goes_on_in_another_process(tmp_path):
     cache.save(tmp_path / "conversation.safetensors")
     torch.save(sequences, tmp_path / "sequences")
     code = f"""if True:
-        import sys, torch
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from test_conversation import SinkCache, next_tokens
+        import torch
+        from tests.test_conversation import SinkCache, next_tokens
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
         cache = SinkCache.load({str(tmp_path / "conversation.safetensors")!r}, model)
         print(next_tokens(model, cache, torch.load({str(tmp_path / "sequences")!r})).tolist())"""
-    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
     assert said.strip().splitlines()[-1] == str(expected.tolist())
 
 
@@ -225,8 +225,8 @@ def test_cropping_what_evicted_is_refused():
 def test_layers_that_are_in_several_places_now():
     model, cache, sequences, expected = a_conversation(40, rows=2, max_position_embeddings=20)
     for layer in cache.layers[1:]:  # as one does that meets keys of another device
-        layer.leave()
-        layer.look()
+        layer.split_from_ring()
+        layer.refresh_views()
     assert len({id(layer.ring) for layer in cache.layers}) == len(cache.layers)
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([1, 0]))

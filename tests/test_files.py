@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import ROOT, loadable, prompt, small_model
 from transformers import GenerationConfig
 
 from custom_generate.generate import generate
+from tests.support.helpers import ROOT, loadable, prompt, small_model
 
 SETTINGS = dict(max_new_tokens=60, do_sample=False)
 FILES = {

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import transformers
-from helpers import RELEASE, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
 from transformers import AttentionInterface
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, left_padded, prompt, small_model, stream
+from tests.support.oracle import difference, oracle
 
 pytestmark = pytest.mark.skipif(RELEASE < Version("4.54"), reason="until 4.53 models hand masks to any stand-in")
 

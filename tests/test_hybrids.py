@@ -6,11 +6,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AttentionInterface
 
 from custom_generate.generate import SinkCache, SinkLayer, generate
+from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, small_model, stream
+from tests.support.oracle import difference, oracle
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
@@ -207,7 +208,7 @@ def test_attention_by_the_order_in_the_cache_is_refused_beside_states_too():
     AttentionInterface.register("alibi", attention_with_alibi)
     model = hybrid("jamba")
     model.config._attn_implementation = "alibi"
-    with pytest.raises(ValueError, match="no layer turns its keys with their position"):
+    with pytest.raises(ValueError, match="no layer rotates its keys with their position"):
         stream(model, prompt(3))
 
 

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from helpers import prompt, small_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import prompt, small_model
 
 IN_USE = "`SinkCache` in `past_key_values` is in use by another call of `generate`"
 SETTINGS = dict(max_new_tokens=20, do_sample=False)

@@ -4,11 +4,12 @@ import pydoc_data.topics
 
 import pytest
 import torch
-from helpers import RELEASE, SMALL, answer, difference, oracle, prompt, seeded, small_model
 from packaging.version import Version
 from transformers import CodeGenConfig, GPTJConfig, Phi3Config
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, SMALL, answer, prompt, seeded, small_model
+from tests.support.oracle import difference, oracle
 
 
 def stream(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kwargs):

@@ -5,14 +5,15 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, loadable, prompt, small_model
+
+from tests.support.helpers import ROOT, loadable, prompt, small_model
 
 # The documents, which the README leads to, with all that was measured, and what transformers loads.
 NEEDED = ["CHANGELOG.md", "COMPATIBILITY.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks/README.md"]
 MEASURED = [path.name for path in (ROOT / "benchmarks/results").iterdir() if path.suffix in (".csv", ".png")]
 NEEDED += [f"benchmarks/results/{name}" for name in sorted(MEASURED)]
-NEEDED += ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
-NEEDED += ["docs/migration.md", "docs/usage.md"]
+NEEDED += ["config.json", "custom_generate/__init__.py", "custom_generate/generate.py"]
+NEEDED += ["custom_generate/requirements.txt", "docs/migration.md", "docs/usage.md", "pyproject.toml"]
 
 
 def push(*arguments: str, root=ROOT) -> str:

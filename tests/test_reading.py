@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, left_padded, oracle, prompt, small_model, stream
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, small_model, stream
+from tests.support.oracle import difference, oracle
 
 
 def error(model, reference=None) -> float:
@@ -267,7 +268,7 @@ def scales_unnamed(length: int):
 @pytest.mark.parametrize(
     "build, seen",
     [
-        (lambda: turns_otherwise_from(2000), "at position 4095 the keys of its layer 0 are turned otherwise"),
+        (lambda: turns_otherwise_from(2000), "at position 4095 the keys of its layer 0 are rotated otherwise"),
         (lambda: scales_unnamed(2000), "changes when all move by the same distance.*up to 4095"),
     ],
     ids=["other frequencies", "other queries"],

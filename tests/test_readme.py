@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from documents import DOCUMENTS, RUN, prose, snippets, text_of
-from helpers import ROOT, loadable, prompt, small_model, small_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from custom_generate import generate as module
+import custom_generate
+from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
+from tests.support.helpers import ROOT, loadable, prompt, small_model, small_tokenizer
 
-VERSION = "v1.0.0"  # the revision that the documents pin
+VERSION = f"v{custom_generate.__version__}"  # the revision that the documents pin
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def workplace(hub, tmp_path, monkeypatch) -> Path:
     hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
     at = hub.at
     monkeypatch.setattr(hub, "at", lambda repo, revision: at(repo, "main" if revision == VERSION else revision))
-    monkeypatch.setitem(sys.modules, "sink_cache", module)  # what `pip install .` gives
+    monkeypatch.setitem(sys.modules, "sink_cache", custom_generate)  # what `pip install .` gives
     loadable(Path("my_model"))
     return tmp_path
 

@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
-from helpers import SMALL, prompt, small_model
 from transformers import CONFIG_MAPPING, CohereConfig, GPTNeoXConfig, PhiConfig
 
 from custom_generate.generate import SinkCache, generate, read_model
+from tests.support.helpers import SMALL, prompt, small_model
 
 
 @pytest.mark.parametrize(

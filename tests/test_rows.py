@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import difference, left_padded, prompt, small_model
 
 from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import left_padded, prompt, small_model
+from tests.support.oracle import difference
 
 
 @pytest.mark.parametrize("trained_length", [16, 512])

@@ -11,10 +11,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from documents import snippets
-from helpers import RELEASE, ROOT, loadable
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.documents import snippets
+from tests.support.helpers import RELEASE, ROOT, loadable
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import RELEASE, difference, left_padded, oracle, prompt, small_model
 from packaging.version import Version
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import CROP_ARGUMENT, SinkCache, SinkLayer, generate
+from tests.support.helpers import RELEASE, left_padded, prompt, small_model
+from tests.support.oracle import difference, oracle
 
 
 def feed(model, cache, tokens: torch.Tensor, updates: list[int]) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 import functools
 
-import helpers
 import pytest
 import torch
-from helpers import RELEASE, SMALL, difference, oracle, prompt, seeded, sharpened
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from custom_generate.generate import SinkCache, generate
+from tests.support import helpers
+from tests.support.helpers import RELEASE, SMALL, prompt, seeded, sharpened
+from tests.support.oracle import difference, oracle
 
 IMAGE = 210  # the token that an image's features take the place of
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from helpers import ROOT, prompt, seeded, small_model, with_the_old_class
 from safetensors.torch import load_file, save_file
 from transformers import Cache
 
 from custom_generate.generate import SinkCache
+from tests.support.helpers import ROOT, prompt, seeded, small_model, with_the_old_class
 
 FIXTURE = ROOT / "tests/fixtures/unbound.safetensors"
 WINDOW, SINKS, HEADS, HEAD_DIM, LAYERS = 12, 3, 1, 8, 2

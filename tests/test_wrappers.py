@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import HUB
-from helpers import RELEASE, ROOT, difference, loadable, oracle, prompt, seeded, small_model
-from modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from custom_generate.generate import SinkCache, generate
+from tests.conftest import HUB
+from tests.support.helpers import RELEASE, ROOT, loadable, prompt, seeded, small_model
+from tests.support.modeling_backwards import BackwardsConfig, BackwardsForCausalLM
+from tests.support.oracle import difference, oracle
 
 DOORS = ["custom_generate", "generate"]
 

@@ -22,13 +22,11 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_TYPES
 
+from custom_generate.generate import SinkCache, SinkLayer, generate, read_model
+from tests.support.helpers import prompt, seeded
+from tests.support.oracle import difference, oracle
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from helpers import difference, oracle, prompt, seeded  # noqa: E402
-
-from custom_generate.generate import SinkCache, SinkLayer, generate, read_model  # noqa: E402
-
 REPORT = ROOT / "COMPATIBILITY.md"
 SECONDS = 60  # for one model type
 TOLERANCE = 3e-5  # in float32 a stream differs by 1e-5 at most, and one whose keys are not turned by 5e-3 at least
@@ -318,7 +316,7 @@ REPORT_TEXT = """\
 
 What `generate` does with each of the {total} model types that transformers {version} knows as causal language models:
 **{streams} stream, {refused} are refused** before the first token, and {not_built} could not be built. Written by
-`make architectures`; `python tools/architectures.py TYPE ...` tries single types.
+`make architectures`; `python -m tools.architectures TYPE ...` tries single types.
 
 Each type is built by its own classes, tiny and with random weights, with layers of each kind that it has by default.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["config.json"]
-FILES += ["custom_generate/generate.py", "custom_generate/requirements.txt"]
+FILES = ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+# With these, `pip install git+https://huggingface.co/org/name` gives `import sink_cache`.
+FILES += ["custom_generate/__init__.py", "pyproject.toml"]
 
 
 def contents(repo: str) -> dict[str, bytes]:

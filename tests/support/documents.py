@@ -2,7 +2,7 @@
 
 import re
 
-from helpers import ROOT
+from tests.support.helpers import ROOT
 
 # Those whose code is run, and all.
 RUN = ["README.md", "docs/usage.md", "docs/migration.md"]
