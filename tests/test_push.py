@@ -1,17 +1,19 @@
 """What is pushed to the Hub is what users need, and generates from there."""
 
+import re
 import shutil
 import subprocess
 import sys
 
 import torch
 
+from tests.support.documents import text_of
 from tests.support.helpers import ROOT, loadable, prompt, small_model
 
 # The documents, which the README leads to, with all that was measured, and what transformers loads.
 NEEDED = ["CHANGELOG.md", "COMPATIBILITY.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks/README.md"]
-MEASURED = [path.name for path in (ROOT / "benchmarks/results").iterdir() if path.suffix in (".csv", ".png")]
-NEEDED += [f"benchmarks/results/{name}" for name in sorted(MEASURED)]
+MEASURED = re.findall(r"\((?:benchmarks/)?(results/[^)]+)\)", text_of("README.md") + text_of("benchmarks/README.md"))
+NEEDED += [f"benchmarks/{path}" for path in sorted({*MEASURED})]
 NEEDED += ["config.json", "custom_generate/__init__.py", "custom_generate/generate.py"]
 NEEDED += ["custom_generate/requirements.txt", "docs/migration.md", "docs/usage.md", "pyproject.toml"]
 
