@@ -3,6 +3,7 @@
     make perplexity                                          the standard library's documentation, SmolLM2-135M-Instruct
     make perplexity ARGS="--text book.txt --tokens 20000"
     make perplexity ARGS="--model Qwen/Qwen3-0.6B --tokens 100000 --caches sink full"
+    make perplexity ARGS="--plot benchmarks/results/FILE.csv"                       only draw what was measured
     make perplexity ARGS="--caches recomputed sink --stride 64 --dtype float32"     both judged by one token of 64
 
 What was measured stands in `results/` as it comes; a run that was cut off goes on where its cache was last put away,
@@ -173,9 +174,11 @@ def by_run(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
     """Print the perplexity of each run between each two of `bounds`, and what a token took at its end.
 
-    And how many times that of the full cache it is, of each `every` tokens after the first bound: median and most.
+    And how many times that of the full cache it is, of each `every` tokens after the first bound: median and most. If
+    the full cache was measured in several dtypes, that is the one that was measured furthest.
     """
-    full = {row["tokens"]: row["nll"] for row in rows if row["cache"] == "full" and row["stride"] == 1}
+    full_runs = (own for key, own in by_run(rows).items() if key[0] == "full" and key[4] == 1)
+    full = {row["tokens"]: row["nll"] for row in max(full_runs, key=len, default=[])}
     ranges = list(zip(bounds, bounds[1:]))
     titles = [f"{start + 1:,} to {end:,}" for start, end in ranges]
     titles = [
@@ -202,32 +205,47 @@ def table(rows: list[dict[str, Any]], bounds: list[int]) -> None:
         print(f"| {NAMES[kind]} | {' | '.join(cells)} |")
 
 
-def draw(rows: list[dict[str, Any]], window: int, sinks: int, trained: int, title: str, path: Path) -> None:
-    """Perplexity, memory and time against the position in the text, of those with this window and these sinks.
+def draw(rows: list[dict[str, Any]], window: int, sinks: int, path: Path) -> None:
+    """Perplexity, memory and time along the text, of those with this window and these sinks: the README's picture.
 
-    Perplexity is that of the last 512 tokens; of what was judged by few of them it would be noise, and is left out.
+    Of several dtypes it shows the one that was measured furthest. Perplexity is that of the last 512 tokens. Time is
+    the least that a token took there or further on, which leaves out what other work on the machine added for a while.
+    Recomputation is off these scales, and stands in the table alone.
     """
-    figure, axes = plot.panels(3, 10)
-    shown = [("full", 0, 0), ("sink", window, sinks), ("window", window, 0), ("old", window, sinks)]
-    for (kind, *run, _, stride), own in by_run(rows).items():
-        if stride > 1 and kind != "recomputed" or (kind, *run) not in [*shown, ("recomputed", window, 0)]:
+    figure, axes = plot.panels_side_by_side(3)
+    shown = {("sink", window, sinks): "sink cache", ("full", 0, 0): "full cache"}
+    shown |= {("window", window, 0): "no sinks", ("old", window, sinks): "old cache"}
+    for run, name in shown.items():
+        own = max((own for key, own in by_run(rows).items() if key[:3] == run and key[4] == 1), key=len, default=[])
+        if not own:
             continue
-        style = dict(plot.STYLES[NAMES[kind]], label=NAMES[kind])
-        places = [row["tokens"] for row in own]
-        if stride == 1:
-            axes[0].plot(places, [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)], **style)
+        style = dict(plot.STYLES[NAMES[run[0]]], label=name)
+        style["linewidth"] *= 1.6
+        places, times = [row["tokens"] for row in own], [row["ms"] for row in own]
+        values = [perplexity(own[: at + 1], end - 512, end) for at, end in enumerate(places)]
+        axes[0].plot(places, values, **style)
         axes[1].plot(places, [row["mib"] for row in own], **style)
-        axes[2].plot(places, [row["ms"] for row in own], **style)
-    marks = [window, trained] if trained < max(row["tokens"] for row in rows) else [window]
-    for panel, name in zip(axes, ("perplexity", "keys and values, MiB", "time of a token, ms")):
-        plot.entitle(panel, name, marks)
+        axes[2].plot(places, [min(times[at:]) for at in range(len(times))], **style)
+    axes[0].plot([], [], color="#777777", linestyle=":", label="window")
+    for panel, name in zip(axes, ("perplexity", "memory, MiB", "ms a token")):
+        plot.entitle(panel, name, [window])
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.locator_params(axis="x", nbins=2)
+        panel.set_xlim(left=0)
     plot.logarithmic(axes[0])
-    axes[1].set_ylim(bottom=0)
-    plot.logarithmic(axes[2])
-    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-    axes[-1].set_xlabel("tokens (dotted: window and trained length)")
-    figure.suptitle(title)
-    plot.finish(figure, axes, path)
+    for panel in axes[1:]:
+        panel.locator_params(axis="y", nbins=3)
+        panel.set_ylim(bottom=0)
+    axes[1].set_xlabel("tokens read")
+    plot.finish(figure, axes, path, columns=5)
+
+
+def show(file: Path, arguments: argparse.Namespace) -> None:
+    """Print what stands in `file`, and draw it."""
+    rows, window = rows_of(file), arguments.window_length[0]
+    table(rows, arguments.bounds or sorted({window, max(row["tokens"] for row in rows)}))
+    if plot.CAN_DRAW:
+        draw(rows, window, arguments.num_sink_tokens[0], file.with_name(f"{file.stem}-{window}.png"))
 
 
 def text_of(path: Optional[Path]) -> str:
@@ -250,8 +268,11 @@ def main() -> None:
     parser.add_argument("--stride", type=int, help="judge one token of so many (default: 1, and 64 for recomputation)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--bounds", type=int, nargs="+", help="tokens between which to tell perplexity")
+    parser.add_argument("--plot", type=Path, metavar="FILE.csv", help="only show and draw what was measured")
     parser.set_defaults(dtype="bfloat16")
     arguments = parsed(parser)
+    if arguments.plot:
+        return show(arguments.plot, arguments)
     if "old" in arguments.caches and not hasattr(transformers, "SinkCache"):
         raise SystemExit(f"The old cache isn't in transformers {transformers.__version__}, but in 4.52 and before it.")
     if (arguments.stride or 1) > arguments.every:
@@ -272,13 +293,7 @@ def main() -> None:
                 run["stride"] = arguments.stride or (64 if kind == "recomputed" else 1)
                 measure(Reader(kind, model, window, sinks), run, tokens, arguments.every, file)
 
-    rows = rows_of(file)
-    window, sinks = arguments.window_length[0], arguments.num_sink_tokens[0]
-    trained = model.config.max_position_embeddings
-    table(rows, arguments.bounds or sorted({window, min(trained, arguments.tokens), arguments.tokens}))
-    title = f"{name}, window {window:,}, {sinks} sinks"
-    if plot.CAN_DRAW:
-        draw(rows, window, sinks, trained, title, file.with_name(f"{file.stem}-{window}.png"))
+    show(file, arguments)
 
 
 if __name__ == "__main__":

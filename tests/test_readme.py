@@ -1,4 +1,4 @@
-"""What the README says to run, runs as it stands there, with a tiny model behind the real one's name."""
+"""What the documents say to run, runs as it stands there, with a tiny model behind the real one's name."""
 
 import json
 import re
@@ -9,12 +9,16 @@ import pexpect
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tests.support.helpers import ROOT, loadable, prompt, readme_snippets, small_model, small_tokenizer
+import custom_generate
+from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
+from tests.support.helpers import ROOT, loadable, prompt, small_model, small_tokenizer
 
-pytestmark = pytest.mark.slow  # test_serve.py runs the commands of its section; `make test` is what runs this
+VERSION = f"v{custom_generate.__version__}"  # the revision that the documents pin
 
 
-def test_python_and_settings(hub, tmp_path, monkeypatch):
+@pytest.fixture
+def workplace(hub, tmp_path, monkeypatch) -> Path:
+    """A folder to run the documents' code in: the Hub has its model and its revision, and this code is installed."""
     monkeypatch.chdir(tmp_path)
     tokenizer = small_tokenizer()
     sizes = dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40_960)
@@ -22,34 +26,97 @@ def test_python_and_settings(hub, tmp_path, monkeypatch):
     tokenizer.save_pretrained("qwen")
     GenerationConfig(bos_token_id=1, pad_token_id=0, max_new_tokens=5).save_pretrained("qwen")
     hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
-    my_model = loadable(Path("my_model"))
+    at = hub.at
+    monkeypatch.setattr(hub, "at", lambda repo, revision: at(repo, "main" if revision == VERSION else revision))
+    monkeypatch.setitem(sys.modules, "sink_cache", custom_generate)  # what `pip install .` gives
+    loadable(Path("my_model"))
+    return tmp_path
 
-    names: dict = {}
-    for snippet in readme_snippets("python"):
-        exec(compile(snippet, "README.md", "exec"), names)
-    assert "HEAD /org/sink_cache/resolve/main/custom_generate/generate.py" in hub.requests
+
+def run(document: str, names: dict) -> dict:
+    """Run all Python blocks of a document, and the lines of its diffs that are to be written."""
+    for snippet in snippets(document, "python"):
+        exec(compile(snippet, document, "exec"), names)
+    for snippet in snippets(document, "diff"):
+        exec("\n".join(line[2:] for line in snippet.splitlines() if line.startswith("+")), names)
+    return names
+
+
+def first_example() -> dict:
+    """The names that the README's first example leaves, made shorter."""
+    names: dict = {"name": "Qwen/Qwen3-0.6B"}
+    exec(snippets("README.md", "python")[0].replace("max_new_tokens=10_000", "max_new_tokens=10"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_readme(workplace, hub):
+    names = run("README.md", {})
+    assert f"HEAD /org/sink_cache/resolve/{VERSION}/custom_generate/generate.py" in hub.requests
+    assert names["cache"].get_seq_length() > 0 and Path("conversation.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_usage(workplace):
+    names = run("docs/usage.md", first_example())
     assert names["story"][0]["generated_text"][-1]["role"] == "assistant"
     assert names["logits"].isfinite().all()
-    names["name"] = "Qwen/Qwen3-0.6B"
-    for snippet in readme_snippets("diff"):  # what users of other caches are told to write instead
-        exec("\n".join(line[2:] for line in snippet.splitlines() if line.startswith("+")), names)
+    # The last token of 50 had not been read, and the one before it was taken back.
+    assert names["branch"].get_seq_length() == names["conversation"].shape[1] + 50 - 2
 
-    (settings,) = readme_snippets("json")
-    file = Path(my_model, "generation_config.json")
+    (settings,) = snippets("docs/usage.md", "json")
+    file = Path("my_model", "generation_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **json.loads(settings)}))
-    streaming = AutoModelForCausalLM.from_pretrained(my_model, trust_remote_code=True)
+    streaming = AutoModelForCausalLM.from_pretrained(loadable(Path("my_model")), trust_remote_code=True)
     output = streaming.generate(input_ids=prompt(5), max_new_tokens=5, return_dict_in_generate=True)
     assert output.past_key_values.window_length == json.loads(settings)["window_length"]
 
 
+@pytest.mark.slow
+def test_migration(workplace):
+    assert len(snippets("docs/migration.md", "diff")) == 3
+    run("docs/migration.md", first_example())
+
+
+@pytest.mark.parametrize("document", RUN)
+def test_calls_pin_the_revision(document):
+    code = "\n".join(code for language in ("python", "diff") for code in snippets(document, language))
+    assert code.count('"org/sink_cache"') == code.count(f'revision="{VERSION}"') > 0
+
+
+def anchors(document: str) -> set[str]:
+    """What links to the headings of a document end in."""
+    headings = re.findall(r"^#+ (.*)$", prose(document), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(document)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_has_the_targets(document):
+    targets = set(re.findall(r"^([\w ]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = {target for line in targets for target in line.split()}
+    assert set(re.findall(r"(?:^|`)(?:\w+=\w+ )*make (\w+)", text_of(document), flags=re.MULTILINE)) <= targets
+
+
+def test_the_readme_is_a_card():
+    assert len(text_of("README.md").splitlines()) < 240
+
+
 def test_the_totals_are_those_of_the_table():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    table = (ROOT / "COMPATIBILITY.md").read_text()
-    total, streams, refused = re.search(r"(\d+) model types.*?(\d+) stream, (\d+) are refused", table, re.S).groups()
-    assert f"[{streams} of {total}](COMPATIBILITY.md)" in readme
-    assert f"{total} causal language models" in readme and f"{streams} stream, {refused} are refused" in readme
+    total, streams = re.search(r"(\d+) model types.*?(\d+) stream", text_of("COMPATIBILITY.md"), re.S).groups()
+    assert f"[{streams} of {total}](COMPATIBILITY.md)" in text_of("README.md")
 
 
+@pytest.mark.slow
 def test_the_demo():
     # What `make demo` runs, but shorter.
     loadable(ROOT)

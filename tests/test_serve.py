@@ -14,7 +14,8 @@ import pytest
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.helpers import RELEASE, ROOT, loadable, readme_snippets
+from tests.support.documents import snippets
+from tests.support.helpers import RELEASE, ROOT, loadable
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,9 +25,9 @@ pytestmark = [
 TURNS = ["It was a dark night, and the lamp", "And then?", "Go on, what did the keeper do?"]
 
 
-def readme_command(start: str, url: str) -> list[str]:
-    """The README's command that starts so, for a server at `url`."""
-    command = next(snippet for snippet in readme_snippets("") if snippet.startswith(start))
+def documented_command(start: str, url: str) -> list[str]:
+    """The command that starts so in docs/usage.md, for a server at `url`."""
+    command = next(snippet for snippet in snippets("docs/usage.md", "") if snippet.startswith(start))
     program, *arguments = shlex.split(command.replace("http://localhost:8000", url))
     return [str(Path(sys.executable).with_name(program)), *arguments]
 
@@ -39,7 +40,7 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     url = f"http://localhost:{port}"
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [*readme_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
+    command = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 120
         while True:
@@ -94,12 +95,28 @@ def test_the_openai_client(stream, server, answer):
     assert content != answer(messages[:-1], window_length=200)
 
 
+def test_a_window_that_a_request_brings(server, answer, carrier):
+    from openai import OpenAI
+
+    messages = [{"role": "user", "content": " ".join(TURNS)}]
+    settings = json.loads((carrier / "generation_config.json").read_text())
+    client = OpenAI(base_url=f"{server}/v1", api_key="none")
+    call = dict(model="you/my_model", messages=messages, max_tokens=60, temperature=0)
+    said = {}
+    for window_length in (16, 200):
+        body = {"generation_config": json.dumps({**settings, "window_length": window_length})}
+        response = client.chat.completions.create(**call, extra_body=body)
+        said[window_length] = response.choices[0].message.content
+        assert said[window_length] == answer(messages, window_length)
+    assert said[16] != said[200]
+
+
 def test_transformers_chat(server, answer, carrier, tmp_path):
     # It sends a configuration of its own, here without a window: that of the model's file holds.
     settings = json.loads((carrier / "generation_config.json").read_text())
     own = {name: settings[name] for name in ("bos_token_id", "pad_token_id", "suppress_tokens")}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    command = [*readme_command("transformers chat", server), "max_new_tokens=60", "do_sample=False"]
+    command = [*documented_command("transformers chat", server), "max_new_tokens=60", "do_sample=False"]
     command += ["--generation-config", tmp_path / "own.json"]
     lines = [line for turn in TURNS for line in (turn, "n")] + ["!exit"]  # no, don't go on after 60 tokens
     chat = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)

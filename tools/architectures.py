@@ -11,6 +11,7 @@ import difflib
 import multiprocessing
 import re
 import signal
+import string
 import sys
 import warnings
 from pathlib import Path
@@ -310,7 +311,7 @@ def _rotation(model: PreTrainedModel, layers: list) -> str:
 # All types, and what is written
 # ---------------------------------------------------------------------------------------------------------------------
 
-INTRODUCTION = """\
+REPORT_TEXT = """\
 # Compatibility
 
 What `generate` does with each of the {total} model types that transformers {version} knows as causal language models:
@@ -318,34 +319,76 @@ What `generate` does with each of the {total} model types that transformers {ver
 `make architectures`; `python -m tools.architectures TYPE ...` tries single types.
 
 Each type is built by its own classes, tiny and with random weights, with layers of each kind that it has by default.
-*Streams* says that all logits, in float32, are those of one forward pass without a cache over what a stream keeps:
-token by token far past the window while positions are shifted back below the length that the model was trained to, and
-for a prompt longer than the window, several tokens at a time.
+
+## These stream
+
+All logits, in float32, are those of one forward pass without a cache over what a stream keeps. That is tried token by
+token far past the window, while positions are lowered to stay below the length that the model was trained to, and for a
+prompt longer than the window, several tokens at a time.
 
 - **layers**: what mixes tokens in them, as the type's configuration calls it. *Full* attention keeps sinks and a
   window, and so does *sliding* attention where all layers slide. Beside full attention, *sliding* and *chunked*
   attention and recurrent states (*linear*, *conv*) are left as they are; *hybrid* is attention with a state in one
-  layer. *Position-free* attention turns no keys. *Unused* are layers for images, which got none.
-- **rotation**: how the keys were found to turn with their position: which cached tensor does, whether its pairs are
-  neighbours (*interleaved*) or the two halves, and how many dimensions of each (tiny) head turn.
+  layer. *Position-free* attention rotates no keys. *Unused* are layers for images, which got none.
+- **rotation**: how the keys were found to rotate with their position: which cached tensor does, whether its pairs are
+  neighbours (*interleaved*) or the two halves, and how many dimensions of each (tiny) head rotate.
 
-| model type | layers | rotation | |
-| --- | --- | --- | --- |
-"""
+| model type | layers | rotation |
+| --- | --- | --- |
+{streaming_rows}
+## These are refused
+
+| why | model types |
+| :---: | --- |
+{refused_rows}
+{legend}
+## These could not be built
+
+{not_built_rows}"""
+
+# Why types are refused, in few words: by what their refusal's message has in it.
+REASONS = {
+    "not by a rotation": "Its keys change with their position, but not by a rotation, as where a vector is learned for "
+    "each position. They can't be moved as tokens are evicted.",
+    "takes no `position_ids`": "Its forward takes no `position_ids`, or makes nothing of them (ALiBi, and most "
+    "encoder-decoders). A stream must choose positions to keep them bounded.",
+    "no layer": "No layer rotates its keys. If the model knows the order of tokens, it knows it from their places in "
+    "the cache (relative biases), and a stream changes these.",
+    "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
+    "more than keys and values": "Its layers cache more than keys and values, such as an index that chooses tokens.",
+    "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
+    "cache.",
+    "a cache": "transformers gives it a cache of its own, or none.",
+    "failed on a few tokens": "It can't be run on a few tokens of text alone: it needs what another model gives, or "
+    "transformers' own code fails there.",
+}
 
 
 def report(rows: list[Row]) -> str:
-    """The text of COMPATIBILITY.md."""
-    counts = collections.Counter(row.verdict.split(":")[0] for row in rows)
-    introduction = INTRODUCTION.format(
+    """The text of COMPATIBILITY.md: the types that stream, then those that are refused, by why."""
+    by_verdict = collections.defaultdict(list)
+    for row in rows:
+        by_verdict[row.verdict.split(":")[0]].append(row)
+    by_reason: dict[str, list[str]] = {reason: [] for reason in REASONS.values()}
+    for row in by_verdict["refused"]:
+        message = row.verdict.removeprefix("refused: ")
+        reason = next((reason for words, reason in REASONS.items() if words in message), f"{message}.")
+        by_reason.setdefault(reason, []).append(row.model_type)
+    lettered = list(zip(string.ascii_uppercase, filter(by_reason.get, by_reason)))
+    streaming = ((row.model_type, row.layers, row.rotation) for row in by_verdict["streams"])
+    return REPORT_TEXT.format(
         total=len(rows),
         version=transformers.__version__,
-        streams=counts["streams"],
-        refused=counts["refused"],
-        not_built=counts["not built"],
+        streams=len(by_verdict["streams"]),
+        refused=len(by_verdict["refused"]),
+        not_built=len(by_verdict["not built"]),
+        streaming_rows="".join(f"| {' | '.join(cells)} |\n" for cells in streaming),
+        refused_rows="".join(f"| {letter} | {', '.join(by_reason[reason])} |\n" for letter, reason in lettered),
+        legend="".join(f"- **{letter}**: {reason}\n" for letter, reason in lettered),
+        not_built_rows="".join(
+            f"- {row.model_type}: {row.verdict.removeprefix('not built: ')}.\n" for row in by_verdict["not built"]
+        ),
     )
-    cells = ((row.model_type, row.layers, row.rotation, row.verdict) for row in rows)
-    return introduction + "".join(f"| {' | '.join(texts)} |\n" for texts in cells)
 
 
 def quiet() -> None:

@@ -8,18 +8,29 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["README.md", "COMPATIBILITY.md", "LICENSE", "config.json", "custom_generate/generate.py"]
-FILES += ["custom_generate/requirements.txt"]
+FILES = ["config.json", "custom_generate/generate.py", "custom_generate/requirements.txt"]
 # With these, `pip install git+https://huggingface.co/org/name` gives `import sink_cache`.
 FILES += ["custom_generate/__init__.py", "pyproject.toml"]
 
 
 def contents(repo: str) -> dict[str, bytes]:
-    """The files to push, by their path: those above, and the pictures of the README, which is told where it stands."""
-    readme = (ROOT / "README.md").read_text()
-    pictures = re.findall(r"""(?:!\[[^\]]*\]\(|src=["'])(?!https?:)([^)"'\s]+)""", readme)
-    files = {path: (ROOT / path).read_bytes() for path in [*FILES, *dict.fromkeys(pictures)]}
-    return {**files, "README.md": readme.replace("org/sink_cache", repo).encode()}
+    """The files to push, by their path: those above, the README, and what it links to; so far as its links lead.
+
+    Documents are told what their repository is called.
+    """
+    files = {path: (ROOT / path).read_bytes() for path in FILES}
+    documents = ["README.md"]
+    for document in documents:  # which grows: the documents that documents link to
+        text = (ROOT / document).read_text()
+        files[document] = text.replace("org/sink_cache", repo).encode()
+        for link in re.findall(r"""(?:\]\(|src=["'])(?!https?:|#)([^)"'\s#]+)""", text):
+            path = (ROOT / document).parent.joinpath(link).resolve()
+            name = path.relative_to(ROOT).as_posix()
+            if path.suffix == ".md" and name not in documents:
+                documents.append(name)
+            elif path.is_file():
+                files.setdefault(name, path.read_bytes())
+    return files
 
 
 def main() -> None:
