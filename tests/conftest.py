@@ -20,7 +20,7 @@ import pytest
 import transformers
 
 from tests.support.helpers import ROOT, small_model, small_tokenizer
-from tools.real_models import load_real_hybrid_model, load_real_model
+from tools import real_models
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -33,14 +33,14 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def real_model():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    return load_real_model()
+    return real_models.load(real_models.SMOLLM2)
 
 
 @pytest.fixture(scope="session")
 def real_hybrid_model():
     """Gemma 3 270M in float32, and its tokenizer."""
     try:
-        return load_real_hybrid_model()
+        return real_models.load(real_models.GEMMA)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
