@@ -50,7 +50,7 @@ class Pair:
             self.unbound.update(key, value, layer, self.angles)
 
     def shift_back(self) -> None:
-        for ring in self.bound._rings:
+        for ring in self.bound.held.rings:
             ring.shift_back([1])
 
     def timed(self, step: Callable[[], None], times: int) -> list[float]:
@@ -87,7 +87,7 @@ def main() -> None:
             "of the shortest window's": ratio(medians, bound, shortest),
         }
         # Off the medians: it takes too long, and is too rare, for turns.
-        shift_back = 1000 * median(pair.timed(pair.shift_back, 5)) / pair.bound._ceiling
+        shift_back = 1000 * median(pair.timed(pair.shift_back, 5)) / pair.bound.held.ceiling
         table.add(**row, **{"shifting back, ms": shift_back})
     print()
     for window in sorted(pairs.keys() & TIMES_LESS.keys()):

@@ -1,13 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+# sink_cache, a `custom_generate` repository: this is its file `custom_generate/generate.py`, which travels alone.
+# Documentation and tests are in the repository's other folders.
 """Endless generation in constant memory: attention sinks (arXiv:2309.17453) for decoder-only transformers models.
 
-The cache keeps the first `num_sink_tokens` tokens of a sequence and its latest `window_length - num_sink_tokens`.
-From top to bottom: what differs between releases of transformers; how a model turns its keys with their position
-(`Rotation`); which tokens are kept (`Window`), and what one update keeps, writes and sees (`UpdatePlan`); where equal
-layers keep them (`Ring`), and what one layer does with them (`SinkLayer`); all layers, bound to a model (`SinkCache`)
-or driven by hand (`UnboundLayers`); the file of a conversation; what the model is given for a step (`_streaming`); and
-`generate`, which ties them together.
+The cache keeps the first `num_sink_tokens` tokens of a sequence, the sinks, and behind them the latest ones, at most
+`window_length` in all. A new token takes the place of the oldest that is no sink:
 
-Shapes: `rows` is the batch, or 1 where all its sequences agree; `pairs` are the pairs of dimensions that RoPE turns.
+    window_length = 8, num_sink_tokens = 2      sinks   ring of recent tokens
+    slots                                       0  1    2  3  4  5  6  7
+    after token 7                               0  1    2  3  4  5  6  7
+    after token 10                              0  1    8  9 10  5  6  7
+
+Keys stay as the model rotated them. The sinks alone are rotated anew at each step, so that their positions are those
+directly before the oldest recent token. That is all: the rest of this file has models of any kind, batches, prompts of
+any length and the releases of transformers agree to it.
+
+Words, each with one meaning:
+
+    column      a place in the input, padding included
+    token       a column that is no padding; each row counts its own from 0
+    slot        a place in the memory of a layer, as drawn above
+    position    the number that the model is given for a column, and rotates its keys by
+    window      all that is kept: the sinks and the `recent` tokens
+
+A list or a dimension named `rows` has one entry for each row of the batch, or a single one where all rows agree.
+
+Contents: the window, one update of it, and rotations; releases of transformers; layers; reading a model; refusals;
+`Stream`, which is a cache at work; the class of transformers<4.53; files; `SinkCache`; `generate`.
 """
 
 import contextlib
@@ -47,153 +66,171 @@ __version__ = "1.0.0"
 
 _logger = transformers.logging.get_logger(__name__)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Releases of transformers, 4.52 to 5.23: all that differs between them stands here
+# The idea: which tokens are kept, what one update does, and how keys rotate
 # ---------------------------------------------------------------------------------------------------------------------
 
-try:
-    from transformers.cache_utils import CacheLayerMixin
-except ImportError:  # until 4.53 a cache had no layer objects
-    CacheLayerMixin = object
 
-# Until 4.53 a model sizes its mask by all tokens seen and uses its first columns: wrong once tokens were evicted.
-MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
+@dataclass(frozen=True)
+class Window:
+    """Which tokens of a row are kept, and in which slots.
 
-# 4.52 configurations have no `layer_types`: this attribute is what marks one with layers of several kinds.
-HYBRID = "cache_implementation"
+    Token `t` sees the first `num_sinks` tokens and the last `recent` tokens, up to and including itself.
 
-# Which kinds of layers (`layer_types`) the release's own cache keeps apart, None for all that its models have; and its
-# classes for those that attend to all tokens, and for those that stay as they are in a stream: they slide, hold nothing
-# or keep a state.
-RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-CACHED_KINDS, FULL_LAYERS, KEPT_LAYERS = {"full_attention"}, ["DynamicLayer"], []
-if RELEASE >= (4, 56):
-    CACHED_KINDS |= {"sliding_attention", "chunked_attention"}
-    KEPT_LAYERS += ["DynamicSlidingWindowLayer", "DummyLayer"]
-if RELEASE >= (5, 15):  # until then models forget a state where they get several tokens at once
-    from transformers.cache_utils import LinearAttentionLayer as StateLayer
-
-    CACHED_KINDS = None
-    FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer"]
-    KEPT_LAYERS += ["LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"]
-else:
-
-    class StateLayer:
-        """No layer has a state that is kept."""
-
-
-# What 5.2 and later put around a model's code, torch 2.6 can't compile, with any cache.
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
-COMPILES = RELEASE < (5, 2) or TORCH >= (2, 7)
-
-# What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
-CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
-
-# 5.0 itself leaves out this argument in early exits, which therefore fail.
-EARLY_EXITS_FAIL = "is_first_iteration" in inspect.signature(AssistedCandidateGenerator.get_candidates).parameters
-
-# Decoding modes that the release no longer has itself, but loads from repositories of the Hub: by the argument that
-# asks for each.
-MOVED_MODES = {}
-if RELEASE >= (4, 56):
-    MOVED_MODES |= {"dola_layers": "DoLa"}
-if RELEASE >= (4, 57):
-    MOVED_MODES |= {"num_beam_groups": "group beam search", "constraints": "constrained beam search"}
-    MOVED_MODES |= {"force_words_ids": "constrained beam search"}
-
-# What `generate` hands to a custom function about how it was found: 4.52 passes these three on,
-ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
-# and every release what says where on the Hub.
-ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
-
-
-def _init_cache(cache: Cache) -> None:
-    """Call `Cache.__init__` with what its release asks for, leaving `cache.layers` an empty list."""
-    parameters = inspect.signature(Cache.__init__).parameters
-    if "layers" in parameters:  # from 4.56
-        Cache.__init__(cache, layers=[])
-    elif "layer_classes" in parameters:  # 4.54 and 4.55 build a first layer at once
-        Cache.__init__(cache, layer_classes=transformers.cache_utils.DynamicLayer)
-    else:
-        Cache.__init__(cache)
-    cache.layers = []
-
-
-def _own_cache(config: Any) -> DynamicCache:
-    """The cache that transformers gives a model; until 4.55 it knows of no kinds of layers, and has none yet."""
-    return DynamicCache(config=config) if KEPT_LAYERS else DynamicCache()
-
-
-def _own_layers(model: PreTrainedModel) -> list:
-    """The layers of that cache, where it knows the kinds."""
-    return _own_cache(model.config).layers if KEPT_LAYERS else []
-
-
-def _cached(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
-    """Each layer's keys and values, `[batch, kv_heads, seq, head_dim]`; of a layer without, nothing."""
-    if MASKS_FOLLOW_THE_CACHE:
-        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    else:
-        kept = zip(cache.key_cache, cache.value_cache)
-    return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
-
-
-def _own_mask(
-    kind: str, model: PreTrainedModel, cache: Cache, attended: Optional[torch.Tensor], plan: Any, tokens: torch.Tensor
-) -> Any:
-    """The mask that transformers makes for layers of a kind for the new `tokens` (`[batch, length, ...]`) of a `plan`.
-
-    `attended` is where columns are tokens and no padding, bool `[batch, columns]`, None if there is no padding.
+    Args:
+        length: the most tokens kept, sinks included (`window_length`).
+        num_sinks: how many of them are the first of the row (`num_sink_tokens`).
     """
-    make = transformers.masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-    arguments = inspect.signature(make).parameters
-    states = torch.empty(len(tokens), plan.length, 0, dtype=cache._mask_dtype, device=tokens.device)
-    kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
-    if "cache_position" in arguments:  # until 5.3
-        kwargs["cache_position"] = torch.arange(
-            plan.start, plan.start + plan.length, dtype=torch.long, device=tokens.device
+
+    length: int
+    num_sinks: int
+
+    @property
+    def recent(self) -> int:
+        """How many of the latest tokens are kept behind the sinks."""
+        return self.length - self.num_sinks
+
+    def slot(self, token: int) -> int:
+        """The slot of token number `token` of a row."""
+        return token if token < self.num_sinks else self.num_sinks + (token - self.num_sinks) % self.recent
+
+    def slots(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The slots of `tokens` (int64, any shape). A negative number is no token, and gets any slot."""
+        in_ring = self.num_sinks + (tokens - self.num_sinks) % self.recent
+        return torch.where((tokens >= 0) & (tokens < self.num_sinks), tokens, in_ring)
+
+
+class UpdatePlan:
+    """What one update keeps, writes and sees: the same for every layer.
+
+    RoPE sees only differences of positions. So recent keys stay as they are, and the sinks move instead. For token `t`
+    they are moved by `t - window.length + 1` positions from where the model put them, which is directly before the
+    oldest recent token (arXiv:2309.17453, section 3.2).
+
+    - *One token* takes the slot of the token that leaves the window. It sees all slots, with the sinks moved for it.
+    - *Several tokens that evict none* see the kept tokens and, causally, each other.
+    - *Several tokens that evict* (`sees_copies`) need the sinks in several places. Each new column gets its own copy of
+      them. The keys are `[copies, length * num_sinks | recent tokens, num_recent | new tokens, length]`, and a mask
+      gives each column its copy and its recent tokens. So the logits are those of tokens that come one by one.
+
+    Args:
+        window: which tokens are kept.
+        start: columns seen before this update.
+        length: columns of this update.
+        pads: `[rows]`, the columns of left padding of each row.
+        offsets: `[rows]`, by how much a row's positions are lower than its token counts.
+
+    Attributes:
+        seen, num_new: `[rows]`, the tokens seen before this update, and the new ones.
+        evicts: whether a token leaves a window.
+        sink_shifts: `[rows]`, by how many positions the sinks are moved in their slots during this update.
+        first_slots: `[rows]`, the slot of the first new token.
+        num_keys: how many keys the new tokens are given.
+        needs_mask: whether attention must be told which of them each token sees.
+    """
+
+    def __init__(self, window: Window, start: int, length: int, pads: list[int], offsets: list[int]):
+        self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
+        self.end = start + length
+        self.seen = [max(start - pad, 0) for pad in pads]
+        self.num_new = [min(length, max(self.end - pad, 0)) for pad in pads]
+        self.evicts = any(seen + new > window.length for seen, new in zip(self.seen, self.num_new))
+        self.sees_copies = self.evicts and length > 1
+        self.num_recent = min(max(max(self.seen) - window.num_sinks, 0), window.recent)
+        if self.sees_copies:
+            self.sink_shifts = [0] * len(pads)  # copies are made of the sinks as the model rotated them
+            self.num_keys = length * window.num_sinks + self.num_recent + length
+        else:
+            self.sink_shifts = [max(seen - window.length + 1, 0) - offset for seen, offset in zip(self.seen, offsets)]
+            self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
+        self.first_slots = [window.slot(seen) for seen in self.seen]
+        # For a single token, all rows whose window is full are alike.
+        kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
+        self.needs_mask = self.sees_copies or min(kept) < max(kept) or min(self.num_new) < length
+        self._indices: dict[torch.device, tuple] = {}
+
+    def tokens(self, first: int, device: torch.device) -> torch.Tensor:
+        """The tokens of the columns from `start + first` to the last, negative in padding: int64 `[rows, columns]`."""
+        columns = torch.arange(self.start + first, self.end, dtype=torch.long, device=device)
+        return columns - torch.tensor(self.pads, dtype=torch.long, device=device)[:, None]
+
+    @functools.cached_property
+    def copy_shifts(self) -> torch.Tensor:
+        """By how many positions the sinks are moved for each new column: float64 `[rows, length]` on the CPU."""
+        moved = (self.tokens(0, torch.device("cpu")) - self.window.length + 1).clamp(min=0)
+        return (moved - torch.tensor(self.offsets, dtype=torch.long, device="cpu")[:, None]).double()
+
+    def recent_slots(self, device: torch.device) -> torch.Tensor:
+        """The slots of the recent tokens, in order; any slot where a row has fewer: int64 `[rows, num_recent]`."""
+        return self._on_device(device)[0]
+
+    def writes(self, device: torch.device) -> tuple[Union[slice, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """`rows`, `columns`, `slots`: of the new tokens, `[rows, :, columns]` are kept and go to `[rows, :, slots]`."""
+        return self._on_device(device)[1:]
+
+    def _on_device(self, device: torch.device) -> tuple:
+        """The indices of the two methods above, made once for all layers of a device."""
+        if device not in self._indices:
+            self._indices[device] = self._one_token(device) if self.length == 1 else self._several_tokens(device)
+        return self._indices[device]
+
+    def _one_token(self, device: torch.device) -> tuple:
+        """Indices for a single token, from plain numbers: less work than for several."""
+        rows = [row for row, new in enumerate(self.num_new) if new]
+        slots = [self.first_slots[row] for row in rows]
+        indices = ([], rows, [0] * len(rows), slots)
+        return tuple(torch.tensor(each, dtype=torch.long, device=device) for each in indices)
+
+    def _several_tokens(self, device: torch.device) -> tuple:
+        """Indices for several tokens; those of them that the same update evicts again are not written."""
+        cpu = torch.device("cpu")
+        recent, new = self.tokens(-self.num_recent, cpu)[:, : self.num_recent], self.tokens(0, cpu)
+        stay = (new < self.window.num_sinks) | (new > new[:, -1:] - self.window.recent)
+        rows, columns = ((new >= 0) & stay).nonzero(as_tuple=True)
+        slots = self.window.slots(new[rows, columns])
+        recent_slots, rows, columns, slots = (
+            each.to(device) for each in (self.window.slots(recent), rows, columns, slots)
         )
-    config = model.config.get_text_config(decoder=True)
-    return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
+        return recent_slots, slice(None) if len(self.pads) == 1 else rows, columns, slots
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
+        new = self.tokens(0, device)[:, :, None]  # [rows, length, 1]
+        if self.length == 1:
+            sees = torch.arange(self.num_keys, dtype=torch.long, device=device) <= new
+        elif not self.sees_copies:  # keys: tokens 0, 1, ..., filled up where a row has fewer; then the new ones
+            seen = torch.tensor(self.seen, dtype=torch.long, device=device)[:, None, None]
+            old = torch.arange(max(self.seen), dtype=torch.long, device=device) < seen
+            causal = (new.mT <= new) & (new.mT >= 0)
+            sees = torch.cat([old.expand(-1, self.length, -1), causal], dim=-1)
+        else:
+            columns = torch.arange(self.length, dtype=torch.long, device=device)
+            copy_of = columns.repeat_interleave(self.window.num_sinks)  # [length * num_sinks]
+            sink = torch.arange(self.window.num_sinks, dtype=torch.long, device=device).repeat(self.length)
+            own = (copy_of == columns[:, None]) & (sink <= new)
+            token = self.tokens(-self.num_recent, device)[:, None]  # [rows, 1, num_recent + length]
+            recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
+            sees = torch.cat([own, recent], dim=-1)
+        return additive_mask(sees[:, None], dtype)
 
 
-def _count_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
-    """Set right which columns come next: until 5.3 `generate` counts them, wrongly where it gets new tokens only."""
-    if "cache_position" in kwargs:
-        kwargs["cache_position"] = torch.arange(start, end, dtype=torch.long, device=device)
-
-
-def _is_synced(model: PreTrainedModel, synced_gpus: Optional[bool]) -> bool:
-    """Whether `generate` will keep the ranks of a distributed model in step, by the rule that it has itself."""
-    if synced_gpus is not None:
-        return bool(synced_gpus)
-    utils, distributed = transformers.generation.utils, torch.distributed
-    sharded = utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model)
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    return sharded and several
-
-
-def _query_length(sizes: "torch.Tensor | int") -> int:
-    """What `get_mask_sizes` is told of the new tokens: their positions until 5.3, their number later."""
-    return sizes.shape[0] if isinstance(sizes, torch.Tensor) else sizes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How a model turns its keys
-# ---------------------------------------------------------------------------------------------------------------------
+def additive_mask(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask that attention adds to its scores, from whether a key is seen. Finite, so that padding gives no NaN."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """How the keys of a layer turn as their position grows (RoPE, arXiv:2104.09864).
+    """How a layer rotates its keys by their position (RoPE, arXiv:2104.09864).
 
     Args:
-        frequencies: `[pairs]`, float64 on the CPU: radians by which each pair turns per position, negative if the model
-            turns backwards.
-        start: the first of the `2 * pairs` neighbouring dimensions of a head that turn.
-        interleaved: whether a pair is two neighbours, or dimensions `i` and `pairs + i` of those that turn.
-        tensor: which cached tensor turns: "keys", or "values" where latent attention (arXiv:2405.04434) keeps the
-            turning part of its keys.
+        frequencies: `[pairs]`, float64 on the CPU: the radians by which each pair of dimensions rotates per position,
+            negative if the model rotates backwards.
+        start: the first of the `2 * pairs` neighbouring dimensions of a head that rotate.
+        interleaved: whether a pair is two neighbours, or dimensions `i` and `pairs + i` of those that rotate.
+        tensor: which cached tensor rotates: "keys", or "values" where latent attention (arXiv:2405.04434) keeps the
+            rotating part of its keys.
     """
 
     frequencies: torch.Tensor
@@ -202,95 +239,606 @@ class Rotation:
     tensor: str
 
     def pairs(self, keys: torch.Tensor) -> torch.Tensor:
-        """Those dimensions of `keys`, `[..., head_dim]`, that turn: a view, `[..., pairs, 2]`."""
+        """The dimensions of `keys`, `[..., head_dim]`, that rotate: a view, `[..., pairs, 2]`."""
         pairs = self.frequencies.numel()
-        turning = keys[..., self.start : self.start + 2 * pairs]
-        return turning.unflatten(-1, (pairs, 2)) if self.interleaved else turning.unflatten(-1, (2, pairs)).mT
+        rotating = keys[..., self.start : self.start + 2 * pairs]
+        return rotating.unflatten(-1, (pairs, 2)) if self.interleaved else rotating.unflatten(-1, (2, pairs)).mT
 
-    def turned(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """`pairs` (float32 `[..., pairs, 2]`) turned by `distances`, a number of positions for each vector of pairs.
+    def rotated(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """`pairs` rotated by `distances`, a number of positions for each vector of pairs.
 
-        The angle is taken in float64: in float32 its own rounding would be felt after some ten thousand positions.
+        Angles are computed in float64. In float32 their own rounding shows after some ten thousand positions.
 
         Args:
-            pairs: of `Rotation.pairs`, in float32.
+            pairs: of `Rotation.pairs`, in float32: `[..., pairs, 2]`.
             distances: float64 on the CPU, in a shape that broadcasts to the dimensions of `pairs` before the last two.
         """
         angles = distances[..., None] * self.frequencies
-        turns = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
-        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+        rotations = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotations)
 
-    def turn(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
-        """Turn each row of `keys` (`[rows, kv_heads, seq, head_dim]`) where it is: one rounding to their dtype."""
+    def rotate_(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
+        """Rotate each row of `keys` (`[rows, kv_heads, seq, head_dim]`) in place, with one rounding to their dtype."""
         pairs = self.pairs(keys)
-        pairs.copy_(self.turned(pairs.float(), _each_row(distances)))
+        pairs.copy_(self.rotated(pairs.float(), each_row(distances)))
         return keys
 
 
-def _each_row(distances: list[int]) -> torch.Tensor:
-    """How far each row of keys turns: float64 `[rows, 1, 1]`, which broadcasts to heads and tokens."""
+def each_row(distances: list[int]) -> torch.Tensor:
+    """The distances of `[rows]` as float64 `[rows, 1, 1]`, which broadcasts to heads and tokens."""
     return torch.tensor(distances, dtype=torch.float64, device="cpu")[:, None, None]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Releases of transformers, 4.52 to 5.23: what differs between them
+# ---------------------------------------------------------------------------------------------------------------------
+
+RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+try:
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError:  # until 4.53 a cache has no layer objects
+    CacheLayerMixin = object
+
+# Until 4.53 a model makes its mask for all tokens seen and uses its first columns. Once tokens are evicted, that is
+# wrong.
+MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
+
+# 4.52 configurations have no `layer_types`. This attribute marks those with layers of several kinds.
+HYBRID_MARKER = "cache_implementation"
+
+# The kinds of layers (`layer_types`) that the release's own cache keeps apart; None if it does so for all its models.
+CACHED_KINDS: Optional[set[str]] = {"full_attention"}
+# Its classes of layers that attend to all tokens, and of those that stay as they are in a stream, because they slide,
+# keep a state or hold nothing.
+FULL_LAYERS, UNTOUCHED_LAYERS = ["DynamicLayer"], []
+if RELEASE >= (4, 56):
+    CACHED_KINDS |= {"sliding_attention", "chunked_attention"}
+    UNTOUCHED_LAYERS += ["DynamicSlidingWindowLayer", "DummyLayer"]
+if RELEASE >= (5, 15):  # until then models lose a state when they get several tokens at once
+    from transformers.cache_utils import LinearAttentionLayer as StateLayer
+
+    CACHED_KINDS = None
+    FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer"]
+    UNTOUCHED_LAYERS += ["LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"]
+else:
+
+    class StateLayer:
+        """No layer keeps a state."""
+
+
+# torch 2.6 can't compile what 5.2 and later put around a model's code, with any cache.
+CAN_COMPILE = RELEASE < (5, 2) or TORCH >= (2, 7)
+
+# What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
+CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
+
+# 5.0 itself forgets to pass this argument in early exits, so they fail.
+EARLY_EXITS_FAIL = "is_first_iteration" in inspect.signature(AssistedCandidateGenerator.get_candidates).parameters
+
+# Decoding modes that the release loads from repositories of the Hub, by the argument that asks for each.
+MOVED_MODES = {}
+if RELEASE >= (4, 56):
+    MOVED_MODES |= {"dola_layers": "DoLa"}
+if RELEASE >= (4, 57):
+    MOVED_MODES |= {"num_beam_groups": "group beam search", "constraints": "constrained beam search"}
+    MOVED_MODES |= {"force_words_ids": "constrained beam search"}
+
+# Arguments about the custom function itself, which `generate` hands on to it: these three in 4.52 only,
+ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
+# and these, which say where on the Hub it is, in every release.
+ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
+
+
+def init_cache(cache: Cache) -> None:
+    """Call `Cache.__init__` with the arguments of the release, and leave `cache.layers` an empty list."""
+    parameters = inspect.signature(Cache.__init__).parameters
+    if "layers" in parameters:  # from 4.56
+        Cache.__init__(cache, layers=[])
+    elif "layer_classes" in parameters:  # 4.54 and 4.55 make a first layer at once
+        Cache.__init__(cache, layer_classes=transformers.cache_utils.DynamicLayer)
+    else:
+        Cache.__init__(cache)
+    cache.layers = []
+
+
+def default_cache(config: Any) -> DynamicCache:
+    """The cache that transformers itself gives a model. Until 4.55 it knows no kinds of layers, and has none yet."""
+    return DynamicCache(config=config) if UNTOUCHED_LAYERS else DynamicCache()
+
+
+def default_layers(model: PreTrainedModel) -> list:
+    """The layers of that cache; empty in releases that know no kinds of them."""
+    return default_cache(model.config).layers if UNTOUCHED_LAYERS else []
+
+
+def keys_and_values(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
+    """The `keys` and `values` of each layer, `[batch, kv_heads, seq, head_dim]`; empty for a layer without."""
+    if MASKS_FOLLOW_THE_CACHE:
+        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    else:
+        kept = zip(cache.key_cache, cache.value_cache)
+    return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
+
+
+def default_mask(
+    kind: str,
+    model: PreTrainedModel,
+    cache: Cache,
+    attended: Optional[torch.Tensor],
+    plan: UpdatePlan,
+    states: torch.Tensor,
+) -> Any:
+    """The mask that transformers itself makes for layers of a kind.
+
+    Args:
+        kind: one of `layer_types`.
+        attended: whether a column is a token and no padding, bool `[batch, columns]`; None without padding.
+        states: `[batch, plan.length, 0]`, of the dtype and on the device that the mask is for.
+    """
+    make = transformers.masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+    arguments = inspect.signature(make).parameters
+    kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
+    if "cache_position" in arguments:  # until 5.3
+        kwargs["cache_position"] = torch.arange(plan.start, plan.end, dtype=torch.long, device=states.device)
+    config = model.config.get_text_config(decoder=True)
+    return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
+
+
+def set_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
+    """Tell the model which columns are new. Until 5.3 `generate` counts them, wrongly if it gets new tokens only."""
+    if "cache_position" in kwargs:
+        kwargs["cache_position"] = torch.arange(start, end, dtype=torch.long, device=device)
+
+
+def is_synced(model: PreTrainedModel, synced_gpus: Optional[bool]) -> bool:
+    """Whether `generate` will keep the ranks of a distributed model in step, by its own rule."""
+    if synced_gpus is not None:
+        return bool(synced_gpus)
+    utils, distributed = transformers.generation.utils, torch.distributed
+    sharded = utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model)
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return sharded and several
+
+
+def query_length(sizes: Union[torch.Tensor, int]) -> int:
+    """How many new tokens `get_mask_sizes` is asked about: it gets their positions until 5.3, their number later."""
+    return sizes.shape[0] if isinstance(sizes, torch.Tensor) else sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers: the keys and values kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ring:
+    """The slots of equal layers in one piece of memory, so that the sinks of all are moved together, once a step.
+
+    Args:
+        window: which tokens are kept, and in which slots.
+        rotation: how these layers rotate their keys; None if they don't.
+
+    Attributes:
+        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`.
+        sinks: float32 `[layers, batch, kv_heads, sinks, pairs, 2]`, what rotates of the sinks as the model made it. It
+            is valid from the time when the sinks in the slots are first moved.
+        shifts: `[rows]`, by how many positions the sinks in the slots are moved; None while they are being moved.
+        rows, slots: int64 `[batch]`, where compiled code writes each row's token.
+    """
+
+    def __init__(self, window: Window, rotation: Optional[Rotation]):
+        self.window, self.rotation = window, rotation
+        self.num_layers = 0
+        self.keys = self.values = self.sinks = None
+        self.shifts: list[Optional[int]] = [0]
+
+    @torch.inference_mode(False)
+    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
+        keys, values = (
+            states.new_zeros(self.num_layers, *states.shape[:2], self.window.length, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.set_buffers(keys, values)
+        if self.rotation is not None:
+            shape = self._rotary_part(slice(0, self.window.num_sinks)).shape
+            self.sinks = torch.zeros(shape, dtype=torch.float32, device=keys.device)
+
+    def set_buffers(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep tokens in `keys` and `values` from now on."""
+        self.keys, self.values = keys, values
+        self.rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
+        self.slots = torch.zeros_like(self.rows)
+        mark_static(self.rows, self.slots)
+
+    @torch.inference_mode(False)
+    def to_like(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Move to the device and the dtype of keys and values like these."""
+        self.set_buffers(self.keys.to(key_states), self.values.to(value_states))
+        self.sinks = None if self.sinks is None else self.sinks.to(key_states.device)
+
+    def _rotary_part(self, slots: slice) -> torch.Tensor:
+        """What rotates in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
+        rotating = self.values if self.rotation.tensor == "values" else self.keys
+        return self.rotation.pairs(rotating[:, :, :, slots])
+
+    def place_sinks(self, shifts: list[int]) -> None:
+        """Move each row's sinks to `shifts` positions from where the model put them, if they are not there."""
+        moves = shifts != self.shifts and (any(shifts) or any(shift != 0 for shift in self.shifts))
+        if not moves or self.rotation is None or self.window.num_sinks == 0:
+            return
+        in_slots = self._rotary_part(slice(0, self.window.num_sinks))
+        if 0 in self.shifts:  # in some rows they move for the first time
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=in_slots.device)
+            self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
+        self.shifts = [None] * len(shifts)  # after an interrupt, `sinks` still has them as the model made them
+        in_slots.copy_(self.rotation.rotated(self.sinks, each_row(shifts)))
+        self.shifts = shifts
+
+    def lower_positions(self, distances: list[int]) -> None:
+        """Lower the positions of the recent keys by `distances` of `[rows]`; the sinks follow at the next update."""
+        if self.rotation is not None and self.keys is not None:
+            back = each_row([-distance for distance in distances])
+            for recent in self._rotary_part(slice(self.window.num_sinks, None)):  # layer by layer, for less memory
+                recent.copy_(self.rotation.rotated(recent.float(), back))
+
+    @torch.inference_mode(False)
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `indices[i]` was."""
+        if self.keys is not None:
+            rows = indices.to(self.keys.device)
+            self.set_buffers(self.keys.index_select(1, rows), self.values.index_select(1, rows))
+            self.sinks = None if self.sinks is None else self.sinks.index_select(1, rows)
+        if len(self.shifts) > 1:
+            self.shifts = [self.shifts[row] for row in indices.tolist()]
+
+
+def mark_static(*tensors: torch.Tensor) -> None:
+    """Let CUDA graphs write into these tensors. Without a guard, another cache's tensors use the same code."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def gather_slots(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """What `buffer`, `[batch, kv_heads, window.length, head_dim]`, has in `slots`, `[rows, n]`: `[.., n, head_dim]`."""
+    if len(slots) == 1:  # copies whole tokens, several times as fast
+        return buffer.index_select(2, slots[0])
+    batch, heads, _, head_dim = buffer.shape
+    return buffer.gather(2, slots[:, None, :, None].expand(batch, heads, -1, head_dim))
+
+
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Evicted:
+    """What a layer needs to take its latest tokens back: the tokens that they evicted.
+
+    Args:
+        end: the column after the latest token.
+        columns: how many columns can be taken back.
+        keys, values: `[batch, kv_heads, evicted, head_dim]`, the latest last. None if nothing of it is needed: what a
+            single token evicts is not seen by the next one either.
+    """
+
+    end: int
+    columns: int
+    keys: Optional[torch.Tensor] = None
+    values: Optional[torch.Tensor] = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Evicted":
+        """The same with `function` of its keys and values."""
+        if self.keys is None:
+            return self
+        return replace(self, keys=function(self.keys), values=function(self.values))
+
+
+class SinkLayer(CacheLayerMixin):
+    """The sinks and the recent tokens of one attention layer, in a `Ring` shared with equal layers.
+
+    Attributes:
+        keys, values: `[batch, kv_heads, window.length, head_dim]` by slots: views of the ring's.
+        seen: the columns seen.
+        evicted: what can be taken back.
+        record_past: whether what is evicted is kept until `take_back`, over several updates too.
+    """
+
+    is_sliding = False
+    keys = values = None
+
+    def __init__(self, ring: Ring):
+        super().__init__()
+        self.ring, self.index = ring, ring.num_layers
+        ring.num_layers += 1
+        self.seen = 0
+        self.evicted = Evicted(end=0, columns=0)
+        self.record_past = False
+        self.is_initialized = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("keys", "values")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh_views()  # a copied view would be none
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, on their device."""
+        ring = self.ring
+        if ring.keys is None:
+            ring.allocate(key_states, value_states)
+        elif not self._matches(ring, key_states, value_states):
+            if self.index > 0:  # layers that were on one device are on several now
+                ring = self.split_from_ring()
+            ring.to_like(key_states, value_states)
+        self.is_initialized = True
+        self.refresh_views()
+
+    @staticmethod
+    def _matches(held: "Union[Ring, SinkLayer]", key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether what is held has the device and dtypes of these states; not so after a call under autocast."""
+        keys, values = held.keys, held.values
+        return (keys.device, keys.dtype, values.dtype) == (key_states.device, key_states.dtype, value_states.dtype)
+
+    def refresh_views(self) -> None:
+        """Take the views of this layer's slots anew."""
+        if self.is_initialized:
+            self.keys, self.values = self.ring.keys[self.index], self.ring.values[self.index]
+            mark_static(self.keys, self.values)
+
+    def split_from_ring(self) -> Ring:
+        """Take this layer's part out of its ring, into a ring of its own."""
+        old, part = self.ring, slice(self.index, self.index + 1)
+        self.ring, self.index = Ring(old.window, old.rotation), 0
+        self.ring.keys, self.ring.values, self.ring.shifts = old.keys[part], old.values[part], old.shifts
+        self.ring.sinks = None if old.sinks is None else old.sinks[part]
+        return self.ring
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in `plan.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
+
+        Returns:
+            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`. For one token they are a view of the slots.
+            For several they are the kept tokens and the new ones, behind the copies of the sinks if there are some.
+        """
+        key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
+        if not self.is_initialized or not self._matches(self, key_states, value_states):
+            SinkLayer.lazy_initialization(self, key_states, value_states)
+        self.ring.place_sinks(plan.sink_shifts)
+        if plan.length == 1:
+            self._write(key_states, value_states, plan, self._evicted_by_one(plan))
+            return self.keys[:, :, : plan.num_keys], self.values[:, :, : plan.num_keys]
+        if plan.sees_copies:
+            slots = plan.recent_slots(key_states.device)
+            old_keys, old_values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
+        else:
+            old_keys, old_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
+        keys, values = torch.cat([old_keys, key_states], dim=2), torch.cat([old_values, value_states], dim=2)
+        evicted = Evicted(plan.end, plan.length)
+        gone = slice(keys.shape[2] - self.ring.window.recent)
+        if plan.sees_copies and gone.stop > 0:  # of the old and the new tokens, the last `recent` stay
+            evicted = replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
+        self._write(key_states, value_states, plan, self._recorded(evicted))
+        if plan.sees_copies and self.ring.window.num_sinks > 0:
+            key_copies, value_copies = self._sink_copies(plan)
+            keys, values = torch.cat([key_copies, keys], dim=2), torch.cat([value_copies, values], dim=2)
+        return keys, values
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, evicted: Evicted) -> None:
+        """Put new tokens into their slots. Wherever this is cut short, `evicted` tells what was begun."""
+        self.evicted = evicted
+        if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
+            slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
+            self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
+        else:
+            rows, columns, slots = plan.writes(key_states.device)
+            self.keys[rows, :, slots] = key_states[rows, :, columns]
+            self.values[rows, :, slots] = value_states[rows, :, columns]
+        self.seen = plan.end
+
+    def write_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` with one token, in tensors alone: each row's goes into `ring.slots`, and all slots are returned."""
+        self.keys[self.ring.rows, :, self.ring.slots] = key_states[:, :, 0]
+        self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
+        return self.keys, self.values
+
+    def count_compiled(self) -> None:
+        """Count the token that `write_compiled` put into its slot."""
+        self.evicted, self.seen = Evicted(self.seen + 1, 1), self.seen + 1
+
+    def _sink_copies(self, plan: UpdatePlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
+        num_sinks, rotation = self.ring.window.num_sinks, self.ring.rotation
+        copies = {
+            name: buffer[:, :, None, :num_sinks].repeat(1, 1, plan.length, 1, 1)  # [.., length, num_sinks, head_dim]
+            for name, buffer in (("keys", self.keys), ("values", self.values))
+        }
+        if rotation is not None:
+            rotating = rotation.pairs(copies[rotation.tensor])
+            rotating.copy_(rotation.rotated(rotating.float(), plan.copy_shifts[:, None, :, None]))
+        return copies["keys"].flatten(2, 3), copies["values"].flatten(2, 3)
+
+    def _evicted_by_one(self, plan: UpdatePlan) -> Evicted:
+        """What one new token evicts; its key and value only if several such tokens may be taken back."""
+        evicted = Evicted(plan.end, 1)
+        if not self.record_past:
+            return evicted
+        if plan.evicts:
+            slots = self.ring.window.slots(plan.tokens(0, self.keys.device))
+            evicted = Evicted(plan.end, 1, gather_slots(self.keys, slots), gather_slots(self.values, slots))
+        return self._recorded(evicted)
+
+    def _recorded(self, evicted: Evicted) -> Evicted:
+        """`evicted`, behind what was evicted since the last `take_back`; at most as many tokens as are recent."""
+        before = self.evicted
+        if not self.record_past or before.columns == 0 or before.end != self.seen:
+            return evicted
+        columns = before.columns + evicted.columns
+        if before.keys is None or evicted.keys is None:
+            latest = evicted if before.keys is None else before
+            return replace(latest, end=evicted.end, columns=columns)
+        most = max(self.ring.window.recent, evicted.keys.shape[2])
+        keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
+        return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
+
+    @property
+    def begun(self) -> int:
+        """The columns seen, and those of an update that was cut short."""
+        return max(self.seen, self.evicted.end)
+
+    def take_back(self, end: int, pads: list[int]) -> None:
+        """Forget all columns from `end` on, also those that were not all written, and put back what they evicted.
+
+        Args:
+            end: the column after the last one that stays. While nothing was evicted it may be any; else at most
+                `evicted.columns` go.
+            pads: `[rows]`, the columns of left padding.
+        """
+        latest, keys, values = self.begun, self.evicted.keys, self.evicted.values
+        columns = latest - end
+        if keys is not None:
+            window, number = self.ring.window, keys.shape[2]
+            first = max(number - columns, 0)
+            padding = torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
+            tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") + latest - window.recent - padding
+            rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
+            slots = window.slots(tokens[rows, places]).to(keys.device)
+            rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
+            places = (places + first).to(keys.device)
+            self.keys[rows, :, slots] = keys[rows, :, places].to(self.keys)
+            self.values[rows, :, slots] = values[rows, :, places].to(self.values)
+            keys, values = (keys[:, :, :first], values[:, :, :first]) if first > 0 else (None, None)
+        self.seen = end
+        # While the past is recorded, what stays now is settled.
+        left = 0 if self.record_past else max(self.evicted.columns - columns, 0)
+        self.evicted = Evicted(end, left, keys, values) if left else Evicted(end, 0)
+
+    def get_seq_length(self) -> int:
+        """The columns seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The most tokens kept."""
+        return self.ring.window.length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, sizes: Union[torch.Tensor, int]) -> tuple[int, int]:
+        """How many keys an update without padding returns for so many new tokens, and the column of the first."""
+        length = query_length(sizes)
+        num_keys = UpdatePlan(self.ring.window, self.seen, length, [0], [0]).num_keys
+        return num_keys, self.seen + length - num_keys
+
+
+class StateAndSinkLayer(SinkLayer, StateLayer):
+    """A layer with full attention and a recurrent state side by side (arXiv:2411.13676). It keeps both.
+
+    Args:
+        number_of_states: how many states it has.
+        ring: of `SinkLayer`.
+    """
+
+    def __init__(self, number_of_states: int, ring: Ring):
+        SinkLayer.__init__(self, ring)
+        StateLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, **kwargs) -> None:
+        """Allocate for a state; `SinkLayer.update` sees to the keys and values."""
+        StateLayer.lazy_initialization(self, **kwargs)
+
+
+def can_record(layer: Any) -> bool:
+    """Whether a layer, told to record, can take tokens back after they evicted others."""
+    return type(layer) is SinkLayer or (hasattr(layer, "record_past") and not isinstance(layer, StateLayer))
+
+
+def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """All that a layer holds, by name."""
+    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in ("conv_states", "recurrent_states"):
+        tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def restore_layer(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
+    """Have a new layer hold these `layer_tensors` of `seen` columns."""
+    if isinstance(layer, SinkLayer):
+        SinkLayer.lazy_initialization(layer, tensors["keys"], tensors["values"])
+        layer.keys.copy_(tensors["keys"])
+        layer.values.copy_(tensors["values"])
+        layer.seen = seen
+    elif "keys" in tensors:
+        layer.update(tensors["keys"], tensors["values"])
+        layer.cumulative_length = seen
+    for name, tensor in tensors.items():
+        kind, _, state_idx = name.partition(".")
+        if kind == "conv_states":
+            layer.update_conv_state(tensor, int(state_idx))
+        elif kind == "recurrent_states":
+            layer.update_recurrent_state(tensor, int(state_idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a model: how it rotates its keys, and what else a stream has to know
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTraits:
     """What was found out about a model by running it on a few tokens.
 
     Args:
-        stamp: what all this rests on, as `_stamp` told it then.
-        rotations: how each layer turns its keys, None for one whose keys have no position.
-        slots: shape, dtype and device of what each layer caches of text, alike in equal layers, empty if it is nothing.
-        fingerprint: what the model is known by: its last keys for some tokens, float32 `[4, kv_heads, 1, head_dim]`.
-        resumes: whether it goes on from a layer's state where it gets several tokens at once.
-        counts: whether it counts positions on where it is given none.
+        rotations: how each layer rotates its keys, None for one whose keys have no position.
+        layouts: for each layer, the shape, dtype and device of each tensor that it caches of text, equal in equal
+            layers; empty if it caches nothing of text.
+        fingerprint: what the model is known by, its last keys for some tokens: float32 `[4, kv_heads, 1, head_dim]`.
+        continues_states: whether a layer's state is gone on with where the model gets several tokens at once.
+        continues_positions: whether the model counts positions on where it is given none.
         rounding: the relative rounding of what its attention gets.
         reach: up to which position all this was tried.
+        mask_dtype: of the masks that its attention takes.
+        trained_length: see the function of that name.
     """
 
-    stamp: tuple[list[weakref.ref], list]
     rotations: list[Optional[Rotation]]
-    slots: list[tuple]
+    layouts: list[tuple]
     fingerprint: torch.Tensor
-    resumes: bool
-    counts: bool
+    continues_states: bool
+    continues_positions: bool
     rounding: float
     reach: int
+    mask_dtype: torch.dtype
+    trained_length: Optional[int]
 
 
 USE_ROPE = "Use a model with rotary position embeddings (RoPE)."
 
-_readings: "weakref.WeakKeyDictionary[PreTrainedModel, Reading]" = weakref.WeakKeyDictionary()
+# Of each model, its traits, and the stamp of what they rest on.
+_readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, ModelTraits]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def read_model(model: PreTrainedModel) -> Reading:
-    """Find how each layer of `model` turns its keys, and what else a stream has to know.
+def read_model(model: PreTrainedModel) -> ModelTraits:
+    """Find how each layer of `model` rotates its keys, and what else a stream has to know.
 
-    The model is run on single tokens, once at position 0 and once `distance` positions later. A token alone attends to
-    itself whatever its position, so with relative positions the runs differ in the rotation of the keys and in nothing
-    else. Each layer gets the rotation, among those that the model's own tensors suggest, that turns the first run's
-    keys into the second's. Some more runs of a few tokens tell whether all that the model does is relative, and how it
-    keeps its states, if it does. The result is remembered for as long as the model lives, and what it rests on stays.
+    The model is run on single tokens, at position 0 and again `distance` positions later. A token alone attends to
+    itself, whatever its position. So with relative positions the runs differ in the rotation of the keys and in nothing
+    else. Each layer gets the rotation, among those that the model's own tensors suggest, that takes the first run's
+    keys to the second's. More runs of a few tokens tell whether all that the model does is relative, and how it keeps
+    its states, if it does. The traits are remembered for as long as the model lives and what they rest on is the same.
 
     Raises:
-        ValueError: `model` takes no `position_ids`, or makes nothing of them; no rotation explains its keys (learned
-            positions); what it gives is no number; or what it does depends on where tokens are in the cache, or on
-            positions themselves, as far as its dtype shows it.
+        ValueError: `model` takes no `position_ids`, or ignores them; no rotation fits its keys (learned positions);
+            what it gives is no number; or what it does depends on where tokens are in the cache, or on positions
+            themselves, as far as its dtype shows it.
     """
-    if model in _readings and _is_stamped(model, _readings[model].stamp):
-        return _readings[model]
-    parameters = inspect.signature(model.forward).parameters
-    names_positions = "position_ids" in parameters
-    no_positions = _unreadable(
-        model,
-        "its forward takes no `position_ids`, or makes nothing of them, and a stream must choose them to keep them "
-        f"bounded. {USE_ROPE}",
-    )
-    # A wrapped forward may hand on whatever it gets: whether it does is tried below.
-    if not names_positions and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-        raise no_positions
+    stamp, traits = _readings.get(model, (None, None))
+    if traits is not None and _is_stamped(model, stamp):
+        return traits
+    names_positions = _names_positions(model)
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
-    distance = min(_trained_length(model.config) or 1024, 1024) - 1
+    distance = min(trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
         rounding = max(torch.finfo(dtype).eps for dtype in _dtypes(model, before))
@@ -301,52 +849,88 @@ def read_model(model: PreTrainedModel) -> Reading:
             f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read: {error}",
         ) from error
     _refuse_no_numbers(model, before, moved)
-    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
-    rotations = []
-    for layer_idx, (first, second) in enumerate(zip(before, after)):
-        explanations = [
-            _explain(first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor))
-            for tensor in first
-        ]
-        tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
-        turning = [rotation for _, rotation in explanations if rotation is not None]
-        left = max((error for error, _ in explanations), default=0.0)
-        if len(turning) > 1 or left > tolerance:
-            raise _unreadable(
-                model,
-                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
-                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
-                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
-            )
-        rotations.append(turning[0] if turning else None)
-    if not any(rotations) and not (any(before) and _keeps_states(model) and _attends_to_a_set(model, rounding)):
+    rotations = _fit_rotations(model, before, after, distance, rounding)
+    if not any(rotations) and not (any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
         raise (
-            no_positions
-            if not names_positions
-            else _unreadable(
+            _unreadable(
                 model,
-                "no layer turns its keys with their position, so the model knows the order of tokens, if it does, from "
-                f"their places in the cache (as by ALiBi or relative biases), which a stream changes. {USE_ROPE}",
+                "no layer rotates its keys with their position, so the model knows the order of tokens, if it does, "
+                f"from their places in the cache (as by ALiBi or relative biases), which a stream changes. {USE_ROPE}",
             )
+            if names_positions
+            else _without_positions(model)
         )
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    slots = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
-    resumes, counts = _resumes(model, rounding), _counts(model, rounding)
-    _readings[model] = Reading(
-        _stamp(model), rotations, slots, _fingerprint(before), resumes, counts, rounding, distance
+    layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
+    traits = ModelTraits(
+        rotations,
+        layouts,
+        _fingerprint(before),
+        _continues_states(model, rounding),
+        _continues_positions(model, rounding),
+        rounding,
+        distance,
+        # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
+        functools.reduce(torch.promote_types, (dtype for layer in layouts for _, dtype, _ in layer), model.dtype),
+        trained_length(model.config),
     )
-    return _readings[model]
+    _readings[model] = _stamp(model), traits
+    return traits
+
+
+@torch.no_grad()
+def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int, reach: int) -> None:
+    """Raise unless `traits` hold up to position `reach` too, and remember that they do.
+
+    Raises:
+        ValueError: `model` fails there, rotates its keys otherwise, or what its tokens see of each other changes.
+    """
+    if reach <= traits.reach:
+        return
+    named = traits.trained_length is not None and traits.trained_length < window_length
+    limit = f"`window_length` must be at most {traits.trained_length}, got {window_length}. " if named else ""
+    try:
+        before, after = _cached_at(model, 0), _cached_at(model, reach)
+        moved, allowed = _difference_when_moved(model, reach, traits.rounding)
+    except Exception as error:
+        raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
+    tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
+    for layer_idx, rotation in enumerate(traits.rotations):
+        for tensor, states in before[layer_idx].items():
+            candidates = [rotation] if rotation is not None and rotation.tensor == tensor else []
+            left, found = _fit_rotation(states.cpu(), after[layer_idx][tensor].cpu(), reach, candidates)
+            if left > tolerance or (candidates and found is None and states.any()):
+                raise _unreadable(
+                    model,
+                    f"at position {reach} the keys of its layer {layer_idx} are rotated otherwise than up to "
+                    f"{traits.reach}, so keys of both don't fit together.",
+                    limit,
+                )
+    if not moved <= allowed:
+        raise _not_relative(model, reach, moved, allowed, limit)
+    _readings[model] = _stamp(model), replace(traits, reach=reach)
+
+
+def read_fingerprint(model: PreTrainedModel) -> torch.Tensor:
+    """The fingerprint of `model` as it is now, whatever was read of it before."""
+    with torch.no_grad():
+        return _fingerprint(_cached_at(model, 0))
+
+
+def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the fingerprints are the same model's, in whatever dtype."""
+    return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
 def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
-    """What a reading of `model` rests on, told without running it.
+    """What the traits of `model` rest on, told without running it.
 
     Returns:
         References to its modules and weights, the same ones as long as none was exchanged; and values: versions and
-        places of the weights, the modules' code and plain settings (training and active adapters among them),
-        the configuration, and what may be frequencies. Not seen are weights changed behind torch's back (`.data`),
-        which no rotation depends on.
+        places of the weights, the modules' code and plain settings (training and active adapters among them), the
+        configuration, and what may be frequencies. Not seen are weights changed behind torch's back (`.data`), on which
+        no rotation depends.
     """
     references, values = [], [repr(model.config.to_dict())]
     for module in model.modules():
@@ -355,14 +939,12 @@ def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
         references += map(weakref.ref, [module, *(weight for weight in weights if weight.device.type != "meta")])
         values += [(weight.dtype, weight.shape, weight.device) for weight in weights]
         values += [weight._version for weight in weights if not weight.is_inference()]
-        frequencies = [frequencies.tolist() for frequencies in _frequencies_in(module)]
+        frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if frequencies else []
         values += [id(code) for code in (vars(module).get("forward"), type(module).forward, *hooks)]
-        values += [frequencies, {name: value for name, value in vars(module).items() if type(value) in PLAIN}]
+        plain = {name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str)}
+        values += [frequencies, plain]
     return references, values
-
-
-PLAIN = (bool, int, float, str)
 
 
 def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -> bool:
@@ -372,57 +954,270 @@ def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -
     return same and values == stamp[1]
 
 
+# Runs of a few tokens
+
+
+def some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Four rows of `length` tokens, int64."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(4 * length, dtype=torch.long, device=input_device(model)).view(4, length) % vocabulary
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model gets its tokens: on the CPU if accelerate keeps its weights elsewhere until they are needed."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _run(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    start: Optional[int] = 0,
+    cache: Optional[DynamicCache] = None,
+    **kwargs: Any,
+) -> tuple[Any, DynamicCache]:
+    """What the model gives for `tokens` (`[4, length]`) at positions from `start` on, or at those that it finds itself.
+
+    Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
+    """
+    cache = default_cache(model.config) if cache is None else cache
+    if start is not None:
+        positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
+        kwargs["position_ids"] = positions.expand(4, -1)
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
+
+
+def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
+    """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
+    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
+    _, cache = _run(model, torch.tensor(tokens, dtype=torch.long, device=input_device(model)), position)
+    return keys_and_values(cache)
+
+
 def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """What a model is known by, off what it `cached` of four tokens: its last keys, float32 `[4, kv_heads, 1, dim]`."""
+    """What a model is known by, from what it `cached` for single tokens: its last keys, float32 on the CPU."""
     return [layer for layer in cached if layer][-1]["keys"].float().cpu()
 
 
-@torch.no_grad()
-def _fingerprint_now(model: PreTrainedModel) -> torch.Tensor:
-    """The fingerprint of the model as it is, whatever was read of it."""
-    return _fingerprint(_cached_at(_unwrapped(model), 0))
+def _dtypes(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> set[torch.dtype]:
+    """What attention is computed in: sines and cosines have the embedded tokens' dtype, whatever that of the keys."""
+    embedded = model.get_input_embeddings()(some_tokens(model, 1))
+    return {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
 
 
-@torch.no_grad()
-def _refuse_reach(model: PreTrainedModel, reading: Reading, window_length: int, reach: int) -> None:
-    """Raise unless `model` does up to position `reach` what was read off it, and remember that it does.
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
+    expected, actual = expected.float().flatten(1), actual.float().flatten(1)
+    norms = expected.norm(dim=-1)
+    if not norms.any():
+        return float(actual.norm())
+    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
-    Raises:
-        ValueError: it fails there, turns its keys otherwise, or what its tokens see of each other changes.
+
+def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
+    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
+
+    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
     """
-    if reach <= reading.reach:
-        return
-    trained_length = _trained_length(model.config)
-    named = trained_length is not None and trained_length < window_length
-    limit = f"`window_length` must be at most {trained_length}, got {window_length}. " if named else ""
-    try:
-        before, after = _cached_at(model, 0), _cached_at(model, reach)
-        moved, allowed = _difference_when_moved(model, reach, reading.rounding)
-    except Exception as error:
-        raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
-    tolerance = 4 * (reading.rounding + reach * torch.finfo(torch.float32).eps)
-    for layer_idx, rotation in enumerate(reading.rotations):
-        for tensor, states in before[layer_idx].items():
-            turns = [rotation] if rotation is not None and rotation.tensor == tensor else []
-            left, found = _explain(states.cpu(), after[layer_idx][tensor].cpu(), reach, turns)
-            if left > tolerance or (turns and found is None and states.any()):
-                raise _unreadable(
-                    model,
-                    f"at position {reach} the keys of its layer {layer_idx} are turned otherwise than up to "
-                    f"{reading.reach}, so keys of both don't fit together.",
-                    limit,
-                )
-    if not moved <= allowed:
-        raise _not_relative(model, reach, moved, allowed, limit)
-    _readings[model] = replace(reading, reach=reach, stamp=_stamp(model))
+    if distance < 4:
+        return 0.0, 0.0
+    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
+    if not here.any():
+        here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
+    noise = _difference(here, one_on)  # one position on, everything is rounded anew
+    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
+
+
+def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
+    """The logits of four rows of four tokens from position `start` on; 0 where a token is ruled out."""
+    logits = _run(model, some_tokens(model, 4), start)[0].logits
+    return logits.masked_fill(logits.abs() >= torch.finfo(logits.dtype).max, 0)
+
+
+def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
+    """The same tokens' states before the head, for a model whose head is zero."""
+    return _run(model, some_tokens(model, 4), start, output_hidden_states=True)[0].hidden_states[-1]
+
+
+def _ignores_cache_order(model: PreTrainedModel, rounding: float) -> bool:
+    """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
+    tokens, logits = some_tokens(model, 17), []
+    for reverse in (False, True):
+        _, cache = _run(model, tokens[:, :16])
+        for layer in cache.layers:
+            if reverse and getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
+        logits.append(_run(model, tokens[:, 16:], 16, cache)[0].logits)
+    return _difference(*logits) <= max(1e-5, 4 * rounding)
+
+
+def _keeps_states(model: PreTrainedModel) -> bool:
+    """Whether a layer of the model keeps a recurrent state."""
+    return any(isinstance(layer, StateLayer) for layer in default_layers(model))
+
+
+def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
+    """Whether two tokens after seven leave the states of the model's layers as nine at once do."""
+    if not _keeps_states(model):
+        return True
+    tokens = some_tokens(model, 9)
+    _, whole = _run(model, tokens)
+    _, parts = _run(model, tokens[:, :7])
+    _run(model, tokens[:, 7:], 7, parts)
+    # What a layer makes of it shows in the next one at the latest. Further on there is more noise.
+    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
+    noise = max(1e-4, 4 * rounding)
+    return all(
+        float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
+        for here, there in zip(map(layer_tensors, whole.layers[: states[:2][-1] + 1]), map(layer_tensors, parts.layers))
+        for name, tensor in here.items()
+    )
+
+
+def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
+    """Whether a second token gets position 1 where the model, which keeps states, is given none."""
+    if not _keeps_states(model):
+        return True
+    tokens, keys = some_tokens(model, 2), []
+    for start in (None, 1):
+        _, cache = _run(model, tokens[:, :1], None)
+        _run(model, tokens[:, 1:], start, cache)
+        keys.append([layer["keys"] for layer in keys_and_values(cache) if layer][-1])
+    return _difference(*keys) <= 4 * rounding
+
+
+# The rotation that fits
+
+
+def _fit_rotations(
+    model: PreTrainedModel,
+    before: list[dict[str, torch.Tensor]],
+    after: list[dict[str, torch.Tensor]],
+    distance: int,
+    rounding: float,
+) -> list[Optional[Rotation]]:
+    """Each layer's rotation, from what it caches of single tokens `before` and `after` they move by `distance`."""
+    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
+    tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
+    rotations = []
+    for layer_idx, (first, second) in enumerate(zip(before, after)):
+        fits = [
+            _fit_rotation(
+                first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor)
+            )
+            for tensor in first
+        ]
+        rotating = [rotation for _, rotation in fits if rotation is not None]
+        left = max((error for error, _ in fits), default=0.0)
+        if len(rotating) > 1 or left > tolerance:
+            raise _unreadable(
+                model,
+                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
+                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
+                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
+            )
+        rotations.append(rotating[0] if rotating else None)
+    return rotations
+
+
+def _fit_rotation(
+    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
+) -> tuple[float, Optional[Rotation]]:
+    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
+
+    Returns:
+        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't rotate.
+    """
+    before, after = before.float(), after.float()
+
+    def error(rotation: Optional[Rotation]) -> float:
+        rotated = rotation.rotate_(before.clone(), [distance]) if rotation else before
+        return float((rotated - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+    best = min([None, *candidates], key=error)
+    return error(best), best
+
+
+def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
+    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
+    seen: list[torch.Tensor] = []
+    for frequencies in itertools.chain.from_iterable(map(_frequencies, model.modules())):
+        if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
+            continue
+        seen.append(frequencies)
+        for start in sorted({0, head_dim - 2 * frequencies.numel()}):
+            for interleaved in (False, True):
+                for direction in (1, -1):
+                    yield Rotation(direction * frequencies, start, interleaved, tensor)
+
+
+def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What may be frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
+
+    That is each vector that is no weight, and the angles of position 1 in each table of sines and cosines, `[positions,
+    2 * pairs]`.
+    """
+    for tensor in [*module._buffers.values(), *vars(module).values()]:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dim() == 1:
+            yield tensor.detach().to("cpu", torch.float64)
+        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
+            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
+            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
+                yield from (torch.atan2(first, second), torch.atan2(second, first))
+
+
+def rotate_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
+    """Whether layers rotate their keys alike, but for a cast that rounded their frequencies."""
+    return len(rotations) == len(others) and all(
+        (one is other)
+        or (
+            one is not None
+            and other is not None
+            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
+            and one.frequencies.shape == other.frequencies.shape
+            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
+        )
+        for one, other in zip(rotations, others)
+    )
+
+
+# Its refusals
+
+
+def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
+    """The error for a model that can't be streamed for a `reason`, after the `limit` that would avoid it."""
+    return ValueError(f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}")
 
 
 def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
-    """The error for a model that what it did on a few tokens speaks against, after the `limit` that would avoid it."""
+    """The same for a `reason` seen in its runs."""
     training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
-    return ValueError(
-        f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}{training if model.training else ''}"
+    return cant_stream(model, reason + training if model.training else reason, limit)
+
+
+def _without_positions(model: PreTrainedModel) -> ValueError:
+    return _unreadable(
+        model,
+        "its forward takes no `position_ids`, or makes nothing of them, and a stream must choose them to keep them "
+        f"bounded. {USE_ROPE}",
     )
+
+
+def _names_positions(model: PreTrainedModel) -> bool:
+    """Whether the model's forward names `position_ids`; raise if it can't take them either.
+
+    A wrapped forward may hand on whatever it gets. Whether it does is tried.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" in parameters:
+        return True
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise _without_positions(model)
+    return False
 
 
 def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], moved: float) -> None:
@@ -455,736 +1250,435 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
     return _unreadable(model, reason, limit)
 
 
-def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
-    """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
-    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
-    tokens = torch.tensor(tokens, dtype=torch.long, device=_device(model))
-    cache = _own_cache(model.config)
-    model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
-    return _cached(cache)
+# Its configuration
 
 
-def _some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """Four rows of `length` tokens, int64."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.arange(4 * length, dtype=torch.long, device=_device(model)).view(4, length) % vocabulary
+def trained_length(config: Any) -> Optional[int]:
+    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")  # the last scales queries
+    named = [getattr(config, name, None) for name in names]
+    named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
+    return min((int(length) for length in named if length), default=None)
 
 
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where the model gets its tokens: on the CPU if accelerate keeps its weights elsewhere until they are needed."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _dtypes(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> set[torch.dtype]:
-    """What attention is computed in: sines and cosines have the embedded tokens' dtype, whatever that of the keys."""
-    embedded = model.get_input_embeddings()(_some_tokens(model, 1))
-    return {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
-
-
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
-    expected, actual = expected.float().flatten(1), actual.float().flatten(1)
-    norms = expected.norm(dim=-1)
-    if not norms.any():
-        return float(actual.norm())
-    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
-
-
-def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
-    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
-
-    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
-    """
-    if distance < 4:
-        return 0.0, 0.0
-    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
-    if not here.any():
-        here, one_on, there = (_logits_at(model, start, before_head=True) for start in (0, 1, distance - 3))
-    noise = _difference(here, one_on)  # there, everything is rounded anew
-    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
-
-
-def _logits_at(model: PreTrainedModel, start: int, before_head: bool = False) -> torch.Tensor:
-    """What four rows of four tokens give from position `start` on: logits, 0 where ruled out, or the last states."""
-    tokens = _some_tokens(model, 4)
-    output = model(
-        input_ids=tokens,
-        position_ids=torch.arange(start, start + 4, dtype=torch.long, device=tokens.device).expand(4, 4),
-        past_key_values=_own_cache(model.config),  # without, positions above 0 would make it look for several texts
-        use_cache=True,
-        **({"output_hidden_states": True} if before_head else {}),
-    )
-    if before_head:
-        return output.hidden_states[-1]
-    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
-
-
-def _attends_to_a_set(model: PreTrainedModel, rounding: float) -> bool:
-    """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
-    tokens = _some_tokens(model, 17)
-    positions = torch.arange(17, dtype=torch.long, device=tokens.device).expand(4, -1)
-    logits = []
-    for reverse in (False, True):
-        cache = _own_cache(model.config)
-        for part in (slice(0, 16), slice(16, 17)):
-            output = model(
-                input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True
-            )
-            for layer in cache.layers:
-                if reverse and getattr(layer, "keys", None) is not None:
-                    layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
-        logits.append(output.logits)
-    return _difference(*logits) <= max(1e-5, 4 * rounding)
-
-
-def _keeps_states(model: PreTrainedModel) -> bool:
-    """Whether a layer of the model keeps a recurrent state."""
-    return any(isinstance(layer, StateLayer) for layer in _own_layers(model))
-
-
-def _resumes(model: PreTrainedModel, rounding: float) -> bool:
-    """Whether two tokens after seven leave the states of the model's layers as nine at once do."""
-    if not _keeps_states(model):
-        return True
-    tokens = _some_tokens(model, 9)
-    positions = torch.arange(9, dtype=torch.long, device=tokens.device).expand(4, -1)
-    whole, parts = _own_cache(model.config), _own_cache(model.config)
-    for cache, part in ((whole, slice(0, 9)), (parts, slice(0, 7)), (parts, slice(7, 9))):
-        model(input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
-    # What a layer makes of it shows in the next one at the latest, and further on there is more noise.
-    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
-    noise = max(1e-4, 4 * rounding)
-    return all(
-        float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
-        for here, there in zip(map(_tensors, whole.layers[: states[:2][-1] + 1]), map(_tensors, parts.layers))
-        for name, tensor in here.items()
-    )
-
-
-def _counts(model: PreTrainedModel, rounding: float) -> bool:
-    """Whether a second token gets position 1 where the model, which keeps states, is given none."""
-    if not _keeps_states(model):
-        return True
-    tokens, keys = _some_tokens(model, 2), []
-    for positions in ({}, {"position_ids": torch.ones_like(tokens[:, 1:])}):
-        cache = _own_cache(model.config)
-        model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
-        model(input_ids=tokens[:, 1:], past_key_values=cache, use_cache=True, **positions)
-        keys.append([layer["keys"] for layer in _cached(cache) if layer][-1])
-    return _difference(*keys) <= 4 * rounding
-
-
-def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
-    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
-    seen: list[torch.Tensor] = []
-    for frequencies in _frequencies(model):
-        if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
-            continue
-        seen.append(frequencies)
-        for start in sorted({0, head_dim - 2 * frequencies.numel()}):
-            for interleaved in (False, True):
-                for direction in (1, -1):
-                    yield Rotation(direction * frequencies, start, interleaved, tensor)
-
-
-def _frequencies(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """What may be frequencies among the tensors that are no weights of `model`: `[pairs]`, float64 on the CPU.
-
-    That is each vector, and the angles of position 1 in each table of sines and cosines, `[positions, 2 * pairs]`.
-    """
-    for module in model.modules():
-        yield from _frequencies_in(module)
-
-
-def _frequencies_in(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Those of one module, without its children."""
-    for tensor in [*module._buffers.values(), *vars(module).values()]:
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        if tensor.dim() == 1:
-            yield tensor.detach().to("cpu", torch.float64)
-        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
-            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
-            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
-                yield from (torch.atan2(first, second), torch.atan2(second, first))
-
-
-def _turn_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
-    """Whether layers turn their keys alike, but for a cast that rounded their frequencies."""
-    return len(rotations) == len(others) and all(
-        (one is other)
-        or (
-            one is not None
-            and other is not None
-            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
-            and one.frequencies.shape == other.frequencies.shape
-            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
-        )
-        for one, other in zip(rotations, others)
-    )
-
-
-def _explain(
-    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
-) -> tuple[float, Optional[Rotation]]:
-    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
-
-    Returns:
-        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't turn.
-    """
-    before, after = before.float(), after.float()
-
-    def error(rotation: Optional[Rotation]) -> float:
-        turned = rotation.turn(before.clone(), [distance]) if rotation else before
-        return float((turned - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
-
-    best = min([None, *candidates], key=error)
-    return error(best), best
-
-
-def _rope_parameters(config: Any) -> list[dict]:
+def rope_parameters(config: Any) -> list[dict]:
     """The model's RoPE settings: one dict, or one for each kind of layer."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in settings.values() if isinstance(value, dict)]
     return nested or [settings]
 
 
-def _trained_length(config: Any) -> Optional[int]:
-    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
-    config = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")  # the last scales queries
-    named = [getattr(config, name, None) for name in names]
-    named += [settings.get("original_max_position_embeddings") for settings in _rope_parameters(config)]
-    return min((int(length) for length in named if length), default=None)
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of each layer, as far as the configuration names it."""
+    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What one update keeps, writes and sees
-# ---------------------------------------------------------------------------------------------------------------------
+def slides_everywhere(model: PreTrainedModel) -> bool:
+    """Whether all layers attend to their own `sliding_window` latest tokens only.
 
-
-@dataclass(frozen=True)
-class Window:
-    """Which tokens of a row are kept, and in which slots.
-
-    Token `t` sees the first `num_sinks` tokens (the sinks) and the last `recent` tokens up to and including itself. The
-    sinks keep their slots; the others share a ring, in which a token takes the place of the oldest:
-
-        length = 8, num_sinks = 2      sinks   ring (recent = 6)
-        slots                          0  1    2  3  4  5  6  7
-        after token 7                  0  1    2  3  4  5  6  7
-        after token 10                 0  1    8  9 10  5  6  7
-
-    Args:
-        length: the most tokens kept, sinks included (`window_length`).
-        num_sinks: how many of them are the first of the row (`num_sink_tokens`).
+    A cache no longer than that determines what they see.
     """
-
-    length: int
-    num_sinks: int
-
-    @property
-    def recent(self) -> int:
-        """How many of the latest tokens are kept behind the sinks."""
-        return self.length - self.num_sinks
-
-    def slot(self, token: int) -> int:
-        """The slot of token number `token` of a row."""
-        return token if token < self.num_sinks else self.num_sinks + (token - self.num_sinks) % self.recent
-
-    def slots(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The slots of `tokens` (int64, any shape), and some slot for a negative number, which is no token."""
-        in_ring = self.num_sinks + (tokens - self.num_sinks) % self.recent
-        return torch.where((tokens >= 0) & (tokens < self.num_sinks), tokens, in_ring)
+    config, kinds = model.config.get_text_config(decoder=True), set(layer_kinds(model.config))
+    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return slides and kinds <= {"sliding_attention"}
 
 
-class UpdatePlan:
-    """What one update keeps, writes and sees: the same for every layer.
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes a mask over keys. Flash attention doesn't."""
+    return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
 
-    Tokens of a row are counted without its left padding, so column `c` is token `c - pad`. RoPE sees only differences
-    of positions. So the window's keys stay as the model made them, and the sinks move instead: for token `t` they sit
-    directly before the oldest of its recent tokens, `t - window.length + 1` positions from where the model put them
-    (arXiv:2309.17453, section 3.2).
 
-    - *One token* takes the slot of the token that leaves the window, and sees all slots with the sinks moved for it.
-    - *Several tokens of which none is evicted* see the kept ones and, causally, each other.
-    - *Several tokens that evict* (`sees_copies`) need the sinks in several places. Each new column gets a copy of them,
-      moved for it. The keys are `[copies, length * num_sinks | recent tokens, num_recent | new tokens, length]`, and a
-      mask gives each column its own copy and its own recent tokens. So each logit is that of tokens sent one by one.
-
-    Args:
-        window: which tokens are kept.
-        start: columns (tokens, padding included) seen before this update.
-        length: columns of this update.
-        pads: each row's columns of left padding.
-        offsets: by how much each row's positions are kept below its token counts.
-
-    Attributes:
-        seen, num_new: of each row, the tokens seen before this update and the new ones.
-        sink_shifts: by how many positions each row's sinks are moved in their slots during this update.
-        first_slots: the slot of each row's first new token.
-        num_keys: how many keys the new tokens are given.
-    """
-
-    def __init__(self, window: Window, start: int, length: int, pads: list[int], offsets: list[int]):
-        self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
-        self.seen = [max(start - pad, 0) for pad in pads]
-        self.num_new = [min(length, max(start + length - pad, 0)) for pad in pads]
-        self.evicts = any(seen + new > window.length for seen, new in zip(self.seen, self.num_new))
-        self.sees_copies = self.evicts and length > 1
-        self.num_recent = min(max(max(self.seen) - window.num_sinks, 0), window.recent)
-        if self.sees_copies:
-            self.sink_shifts = [0] * len(pads)  # they are copied from where the model made them
-            self.num_keys = length * window.num_sinks + self.num_recent + length
+def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> list:
+    """A new layer for each of the model's: a `SinkLayer` where it has full attention, else transformers' own."""
+    own = [] if slides_everywhere(model) else default_layers(model)
+    layers, rings = [], {}
+    for layer, rotation, layout in itertools.zip_longest(own[: len(traits.layouts)], traits.rotations, traits.layouts):
+        if (rotation, layout) not in rings:
+            rings[rotation, layout] = Ring(window, rotation)
+        ring = rings[rotation, layout]
+        # A layer that caches nothing of text is for what comes beside it, as images.
+        if type(layer).__name__ in UNTOUCHED_LAYERS or (layer is not None and not layout):
+            layers.append(layer)
+        elif isinstance(layer, StateLayer):
+            layers.append(StateAndSinkLayer(layer.number_of_states, ring))
         else:
-            self.sink_shifts = [max(seen - window.length + 1, 0) - offset for seen, offset in zip(self.seen, offsets)]
-            self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
-        self.first_slots = [window.slot(seen) for seen in self.seen]
-        # Of one token, rows that fill the window are alike again.
-        kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
-        self.needs_mask = self.sees_copies or min(kept) < max(kept) or min(self.num_new) < length
-        self.prepared = False  # whether the model was given positions and a mask made for this update
-        self._on_device: dict[torch.device, tuple] = {}
-
-    def tokens(self, first: int, device: torch.device) -> torch.Tensor:
-        """The tokens that columns `start + first` to the last are, negative for padding: int64 `[rows, columns]`."""
-        columns = torch.arange(self.start + first, self.start + self.length, dtype=torch.long, device=device)
-        return columns - torch.tensor(self.pads, dtype=torch.long, device=device)[:, None]
-
-    @functools.cached_property
-    def copy_shifts(self) -> torch.Tensor:
-        """By how many positions the sinks are moved for each new column: float64 `[rows, length]` on the CPU."""
-        moved = (self.tokens(0, torch.device("cpu")) - self.window.length + 1).clamp(min=0)
-        return (moved - torch.tensor(self.offsets, dtype=torch.long, device="cpu")[:, None]).double()
-
-    def on_device(self, device: torch.device) -> tuple:
-        """What the layers index by, made once for each device.
-
-        Returns:
-            `recent_slots` (int64 `[rows, num_recent]`: the slots of the recent tokens, in order, some slot where a row
-            has fewer), and `rows`, `columns`, `slots`: the new tokens `[rows, :, columns]` that are kept go to
-            `[rows, :, slots]`.
-        """
-        if device not in self._on_device and self.length == 1:  # the common case, without what several tokens need
-            rows = [row for row, new in enumerate(self.num_new) if new]
-            slots = [self.first_slots[row] for row in rows]
-            indices = (
-                torch.tensor(each, dtype=torch.long, device=device) for each in ([], rows, [0] * len(rows), slots)
-            )
-            self._on_device[device] = tuple(indices)
-        elif device not in self._on_device:
-            recent = self.tokens(-self.num_recent, torch.device("cpu"))[:, : self.num_recent]
-            tokens = self.tokens(0, torch.device("cpu"))
-            end = tokens[:, -1:] + 1
-            kept = (tokens >= 0) & ((tokens < self.window.num_sinks) | (tokens >= end - self.window.recent))
-            rows, columns = kept.nonzero(as_tuple=True)
-            slots = self.window.slots(tokens[rows, columns])
-            moved = [each.to(device) for each in (self.window.slots(recent), rows, columns, slots)]
-            if len(self.pads) == 1:  # and any number of rows in the batch
-                moved[1] = slice(None)
-            self._on_device[device] = tuple(moved)
-        return self._on_device[device]
-
-    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
-        new = self.tokens(0, device)[:, :, None]  # [rows, length, 1]
-        if self.length == 1:
-            sees = torch.arange(self.num_keys, dtype=torch.long, device=device) <= new
-        elif not self.sees_copies:  # the keys are tokens 0, 1, ..., filled up where a row has fewer, and the new ones
-            seen = torch.tensor(self.seen, dtype=torch.long, device=device)[:, None, None]
-            old = torch.arange(max(self.seen), dtype=torch.long, device=device) < seen
-            causal = (new.mT <= new) & (new.mT >= 0)
-            sees = torch.cat([old.expand(-1, self.length, -1), causal], dim=-1)
-        else:
-            copy = torch.arange(self.length, dtype=torch.long, device=device).repeat_interleave(self.window.num_sinks)
-            sink = torch.arange(self.window.num_sinks, dtype=torch.long, device=device).repeat(self.length)
-            own = (copy == torch.arange(self.length, dtype=torch.long, device=device)[:, None]) & (sink <= new)
-            token = self.tokens(-self.num_recent, device)[:, None]  # [rows, 1, num_recent + length]
-            recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
-            sees = torch.cat([own, recent], dim=-1)
-        return _additive(sees[:, None], dtype)
-
-
-def _additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask that attention adds to its scores, from whether a key is seen. Finite, so that padding gives no NaN."""
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+            layers.append(SinkLayer(ring))
+    return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The slots, and one layer's keys and values
+# Refusals: models and arguments that can't be served correctly
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ring:
-    """The slots of equal layers, in one piece of memory: their sinks move together, once a step.
+def integer(name: str, value: Any) -> int:
+    """The number of tokens that `value` is, in whatever type of integers; TypeError if it is none."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.") from None
 
-    RoPE sees only differences of positions, so moving the window back as tokens leave it is the same as moving the
-    sinks forward: the window's keys stay as the model made them, and the few sinks are turned anew at each step, always
-    from what the model made.
 
-    Args:
-        window: which tokens are kept, and in which slots.
-        rotation: how these layers turn their keys; None if they don't.
-
-    Attributes:
-        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`.
-        rows, slots: where compiled code writes each row's token: int64 `[batch]`.
-    """
-
-    def __init__(self, window: Window, rotation: Optional[Rotation]):
-        self.window, self.rotation = window, rotation
-        self.num_layers = 0
-        self.keys = self.values = None
-        # What turns of the sinks as the model made it, once that in the slots was moved:
-        self.sinks: Optional[torch.Tensor] = None  # float32 `[layers, batch, kv_heads, sinks, pairs, 2]`
-        # How far the sinks in the slots were moved, each row's; None while they are being moved.
-        self.shifts: list[Optional[int]] = [0]
-
-    @torch.inference_mode(False)
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
-        keys, values = (
-            states.new_zeros(self.num_layers, *states.shape[:2], self.window.length, states.shape[-1])
-            for states in (key_states, value_states)
+def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
+    """The window of these arguments of `SinkCache`."""
+    window_length = integer("window_length", window_length)
+    num_sink_tokens = integer("num_sink_tokens", num_sink_tokens)
+    if window_length < 1:
+        raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
+    if window_length > sys.maxsize:
+        raise ValueError(f"`window_length` must be at most {sys.maxsize}, got {window_length}.")
+    if not 0 <= num_sink_tokens < window_length:
+        raise ValueError(
+            f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
+            f"the sinks too, got {num_sink_tokens}."
         )
-        self.hold(keys, values)
-        if self.rotation is not None:
-            shape = self._turning(slice(0, self.window.num_sinks)).shape
-            self.sinks = torch.zeros(shape, dtype=torch.float32, device=keys.device)
-
-    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take over `keys` and `values`."""
-        self.keys, self.values = keys, values
-        self.rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
-        self.slots = torch.zeros_like(self.rows)
-        _write_where_it_is(self.rows, self.slots)
-
-    @torch.inference_mode(False)
-    def follow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Go to the device, and take on the dtype, of keys and values like these."""
-        self.hold(self.keys.to(key_states), self.values.to(value_states))
-        self.sinks = None if self.sinks is None else self.sinks.to(key_states.device)
-
-    def _turning(self, slots: slice) -> torch.Tensor:
-        """What turns in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
-        turning = self.values if self.rotation.tensor == "values" else self.keys
-        return self.rotation.pairs(turning[:, :, :, slots])
-
-    def place_sinks(self, shifts: list[int]) -> None:
-        """Put each row's sinks so far from where the model did, if they are not there."""
-        moves = shifts != self.shifts and (any(shifts) or any(shift != 0 for shift in self.shifts))
-        if not moves or self.rotation is None or self.window.num_sinks == 0:
-            return
-        in_slots = self._turning(slice(0, self.window.num_sinks))
-        if 0 in self.shifts:  # those of some rows have not moved yet
-            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=in_slots.device)
-            self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
-        self.shifts = [None] * len(shifts)  # an interrupt finds what the model made in `sinks`
-        in_slots.copy_(self.rotation.turned(self.sinks, _each_row(shifts)))
-        self.shifts = shifts
-
-    def lower_positions(self, distances: list[int]) -> None:
-        """Lower the positions of the window's keys by `distances`, each row's; the sinks follow at the next update."""
-        if self.rotation is not None and self.keys is not None:
-            by = _each_row([-distance for distance in distances])
-            for window in self._turning(slice(self.window.num_sinks, None)):  # by layers: less memory in between
-                window.copy_(self.rotation.turned(window.float(), by))
-
-    @torch.inference_mode(False)
-    def reorder(self, indices: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `indices[i]` was."""
-        if self.keys is not None:
-            rows = indices.to(self.keys.device)
-            self.hold(self.keys.index_select(1, rows), self.values.index_select(1, rows))
-            self.sinks = None if self.sinks is None else self.sinks.index_select(1, rows)
-        if len(self.shifts) > 1:
-            self.shifts = [self.shifts[row] for row in indices.tolist()]
+    return Window(window_length, num_sink_tokens)
 
 
-def _write_where_it_is(*tensors: torch.Tensor) -> None:
-    """Have CUDA graphs write into these tensors. Without a guard: for another cache's, the code stays the same."""
-    if not torch.compiler.is_compiling():  # as a prompt is, if it was the user who compiled the model
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor, guard=False)
+def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
+    """The model of transformers that the argument `name` is, or that `torch.compile` or peft put their wrapper around.
 
-
-def _alike(held: "Ring | SinkLayer", key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-    """Whether what is held is where such keys and values are, and of their dtype: not after a turn under autocast."""
-    keys, values = held.keys, held.values
-    return keys.device == key_states.device and keys.dtype == key_states.dtype and values.dtype == value_states.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Evicted:
-    """What a layer needs to take its latest tokens back: the tokens that they evicted.
-
-    Args:
-        end: the column after the latest token.
-        columns: how many columns can be taken back.
-        keys, values: `[batch, kv_heads, evicted, head_dim]`, the latest last, or None: of what a single token evicts
-            nothing is needed again, as the token after it never sees it.
+    Raises:
+        TypeError: there is none, or none that generates.
+        ValueError: peft would put learned tokens or keys before the prompt.
     """
+    inner = getattr(model, "_orig_mod", model)
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    if not isinstance(inner, transformers.GenerationMixin):
+        raise TypeError(
+            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
+            "load the model with its language modeling head."
+        )
+    # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
+    for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise cant_stream(
+                wrapper,
+                "its adapter puts what it learned before the prompt, where a stream counts no tokens. Use another kind "
+                "of adapter, as LoRA.",
+            )
+    return inner
 
-    end: int
-    columns: int
-    keys: Optional[torch.Tensor] = None
-    values: Optional[torch.Tensor] = None
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Evicted":
-        """The same with other keys and values."""
-        if self.keys is None:
-            return self
-        return replace(self, keys=function(self.keys), values=function(self.values))
+# Models
 
 
-class SinkLayer(CacheLayerMixin):
-    """The sinks and the window of one attention layer, which it keeps in a `Ring` with its equals.
+def refuse_model(model: PreTrainedModel, window: Window) -> None:
+    """Raise for a model, or a window on a model, that can't be streamed."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
+            "empty: call `model.eval()` first."
+        )
+    if not model._supports_default_dynamic_cache():
+        raise cant_stream(
+            model,
+            f"transformers {transformers.__version__} gives it a cache of its own, which a `SinkCache` can't stand in "
+            "for. Use a model with full attention in its layers.",
+        )
+    _refuse_layers(model)
+    if slides_everywhere(model) and window.length > config.sliding_window:
+        raise ValueError(
+            f"`window_length` must be at most {config.sliding_window}, got {window.length}: the model's own attention "
+            "reaches no further back, so the sinks would be out of its sight."
+        )
+    trained = trained_length(config)
+    changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
+    if changing & {"dynamic", "longrope"} and trained and window.length > trained:
+        raise ValueError(
+            f"`window_length` must be at most {trained}, got {window.length}: past that the model changes the "
+            "frequencies of its rotary embeddings, and the keys in the cache would no longer fit."
+        )
 
-    `keys` and `values` are `[batch, kv_heads, window.length, head_dim]`, by slots.
+
+def _refuse_layers(model: PreTrainedModel) -> None:
+    """Raise unless some layers of the model have full attention, and the others can stay as they are."""
+    config = model.config.get_text_config(decoder=True)
+    kinds, hybrid = set(layer_kinds(config)), getattr(config, HYBRID_MARKER, None)
+    if slides_everywhere(model) and not hybrid:
+        return
+    try:
+        own = default_layers(model)
+    except Exception as error:
+        raise cant_stream(
+            model, f"transformers {transformers.__version__} can't make a cache for it: {error}"
+        ) from error
+    classes = {type(layer).__name__ for layer in own}
+    unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *UNTOUCHED_LAYERS}))
+    if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
+        named = ", ".join(sorted(kinds)) or "full and sliding attention"
+        reason = f"transformers {transformers.__version__} can't cache its kinds of layers ({named}) each in its way"
+    elif unknown:
+        reason = f"its layers cache more than keys and values ({unknown})"
+    elif own and not classes & set(FULL_LAYERS):
+        reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
+    elif own and len(own) < config.num_hidden_layers:
+        reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
+    else:
+        return
+    raise cant_stream(model, f"{reason}. Use a model with full attention in its layers.")
+
+
+def refuse_size(window: Window, traits: ModelTraits) -> None:
+    """Raise if no machine can address the keys and values of such a window."""
+    layouts = [(shape, dtype) for layer in traits.layouts for shape, dtype, _ in layer]
+    nbytes = window.length * sum(shape[1] * shape[3] * dtype.itemsize for shape, dtype in layouts)
+    if nbytes > sys.maxsize:
+        raise ValueError(
+            f"`window_length` is {window.length}, for which keys and values would take {nbytes} bytes, more than a "
+            "machine can address. Choose a shorter one."
+        )
+
+
+# Arguments of `generate`
+
+
+def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
+    values = (
+        kwargs.get(name),
+        getattr(kwargs.get("generation_config"), name, None),
+        getattr(model.generation_config, name, None),
+    )
+    return next((value for value in values if value is not None), None)
+
+
+def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
+
+    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
     """
-
-    is_sliding = False
-    keys = values = None
-
-    def __init__(self, ring: Ring):
-        super().__init__()
-        self.ring, self.index = ring, ring.num_layers
-        ring.num_layers += 1
-        self.seen = 0  # columns
-        self.evicted = Evicted(end=0, columns=0)
-        self.record_past = False  # whether what is evicted is kept until `take_back`, by several updates too
-        self.is_initialized = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("keys", "values")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.look()  # copies of views would be no views
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, where they are."""
-        ring = self.ring
-        if ring.keys is None:
-            ring.allocate(key_states, value_states)
-        elif not _alike(ring, key_states, value_states):
-            if self.index > 0:  # what was held in one place is in several now
-                ring = self.leave()
-            ring.follow(key_states, value_states)
-        self.is_initialized = True
-        self.look()
-
-    def look(self) -> None:
-        """Take over what the ring holds of this layer."""
-        if self.is_initialized:
-            self.keys, self.values = self.ring.keys[self.index], self.ring.values[self.index]
-            _write_where_it_is(self.keys, self.values)
-
-    def leave(self) -> Ring:
-        """Take this layer's part out of its ring, into a ring of its own."""
-        old, part = self.ring, slice(self.index, self.index + 1)
-        self.ring, self.index = Ring(old.window, old.rotation), 0
-        self.ring.keys, self.ring.values, self.ring.shifts = old.keys[part], old.values[part], old.shifts
-        self.ring.sinks = None if old.sinks is None else old.sinks[part]
-        return self.ring
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in `plan.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
-
-        Returns:
-            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`: a view of the slots for one token; for
-            several, the kept tokens and then the new ones, after the copies of the sinks if there are some.
-        """
-        key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
-        if not self.is_initialized or not _alike(self, key_states, value_states):
-            SinkLayer.lazy_initialization(self, key_states, value_states)
-        self.ring.place_sinks(plan.sink_shifts)
-        if plan.length == 1:
-            self._write(key_states, value_states, plan, self._evicted_by_one(plan))
-            return self.keys[:, :, : plan.num_keys], self.values[:, :, : plan.num_keys]
-        if plan.sees_copies:
-            slots = plan.on_device(key_states.device)[0]
-            kept_keys, kept_values = (_gather(buffer, slots) for buffer in (self.keys, self.values))
-        else:
-            kept_keys, kept_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
-        keys, values = torch.cat([kept_keys, key_states], dim=2), torch.cat([kept_values, value_states], dim=2)
-        evicted = Evicted(plan.start + plan.length, plan.length)
-        gone = slice(keys.shape[2] - self.ring.window.recent)
-        if plan.sees_copies and gone.stop > 0:  # of the recent tokens and the new ones, the last `recent` stay
-            evicted = replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
-        self._write(key_states, value_states, plan, self._recorded(evicted))
-        if plan.sees_copies and self.ring.window.num_sinks > 0:
-            key_copies, value_copies = self._sink_copies(plan)
-            keys, values = torch.cat([key_copies, keys], dim=2), torch.cat([value_copies, values], dim=2)
-        return keys, values
-
-    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, evicted: Evicted) -> None:
-        """Put new tokens into their slots. Cut short at any point, `evicted` tells what was begun."""
-        self.evicted = evicted
-        if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
-            slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
-            self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
-        else:
-            _, rows, columns, slots = plan.on_device(key_states.device)
-            self.keys[rows, :, slots] = key_states[rows, :, columns]
-            self.values[rows, :, slots] = value_states[rows, :, columns]
-        self.seen = plan.start + plan.length
-
-    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` with one token, in tensors alone: each row's goes into `ring.slots`; all slots are returned."""
-        self.keys[self.ring.rows, :, self.ring.slots] = key_states[:, :, 0]
-        self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
-        return self.keys, self.values
-
-    def count_written(self) -> None:
-        """Count the token that `write` put into its slot."""
-        self.evicted, self.seen = Evicted(self.seen + 1, 1), self.seen + 1
-
-    def _sink_copies(self, plan: UpdatePlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
-        num_sinks, rotation = self.ring.window.num_sinks, self.ring.rotation
-        copies = {
-            name: buffer[:, :, None, :num_sinks].repeat(1, 1, plan.length, 1, 1)  # [.., length, num_sinks, head_dim]
-            for name, buffer in (("keys", self.keys), ("values", self.values))
-        }
-        if rotation is not None:
-            turning = rotation.pairs(copies[rotation.tensor])
-            turning.copy_(rotation.turned(turning.float(), plan.copy_shifts[:, None, :, None]))
-        return copies["keys"].flatten(2, 3), copies["values"].flatten(2, 3)
-
-    def _evicted_by_one(self, plan: UpdatePlan) -> Evicted:
-        """What one new token evicts; its key and value only if several such tokens may be taken back."""
-        evicted = Evicted(plan.start + 1, 1)
-        if not self.record_past:
-            return evicted
-        if plan.evicts:
-            slots = self.ring.window.slots(plan.tokens(0, self.keys.device))
-            evicted = Evicted(plan.start + 1, 1, _gather(self.keys, slots), _gather(self.values, slots))
-        return self._recorded(evicted)
-
-    def _recorded(self, evicted: Evicted) -> Evicted:
-        """`evicted`, after what was evicted before since the tokens were last settled; at most as much as is kept."""
-        before = self.evicted
-        if not self.record_past or before.columns == 0 or before.end != self.seen:
-            return evicted
-        columns = before.columns + evicted.columns
-        if before.keys is None or evicted.keys is None:
-            latest = evicted if before.keys is None else before
-            return replace(latest, end=evicted.end, columns=columns)
-        most = max(self.ring.window.recent, evicted.keys.shape[2])
-        keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
-        return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
-
-    @property
-    def begun(self) -> int:
-        """Columns seen, and those whose update was cut short."""
-        return max(self.seen, self.evicted.end)
-
-    def take_back(self, end: int, pads: list[int]) -> None:
-        """Forget all columns from `end` on, also if they were not all written, and put back what they evicted.
-
-        Args:
-            end: the column after the last one that stays, at most `evicted.columns` before the latest, or anywhere as
-                long as nothing was evicted.
-            pads: each row's columns of left padding.
-        """
-        latest, keys, values = self.begun, self.evicted.keys, self.evicted.values
-        columns = latest - end
-        if keys is not None:
-            window, number = self.ring.window, keys.shape[2]
-            first = max(number - columns, 0)
-            padding = torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
-            tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") + latest - window.recent - padding
-            rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
-            slots = window.slots(tokens[rows, places]).to(keys.device)
-            rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
-            places = (places + first).to(keys.device)
-            self.keys[rows, :, slots] = keys[rows, :, places].to(self.keys)
-            self.values[rows, :, slots] = values[rows, :, places].to(self.values)
-            keys, values = (keys[:, :, :first], values[:, :, :first]) if first > 0 else (None, None)
-        self.seen = end
-        # While the past is recorded, what is left after this is settled.
-        left = 0 if self.record_past else max(self.evicted.columns - columns, 0)
-        self.evicted = Evicted(end, left, keys, values) if left else Evicted(end, 0)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones and padding included."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """The most tokens kept."""
-        return self.ring.window.length
-
-    get_max_cache_shape = get_max_length
-
-    def get_mask_sizes(self, sizes: "torch.Tensor | int") -> tuple[int, int]:
-        """How many keys an update returns for so many new tokens, without padding, and the column of the first."""
-        length = _query_length(sizes)
-        num_keys = UpdatePlan(self.ring.window, self.seen, length, [0], [0]).num_keys
-        return num_keys, self.seen + length - num_keys
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    asked = getattr(kwargs.get("generation_config"), name, None)
+    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
+    return None if asked in [getattr(config, name, None) for config in files] else asked
 
 
-def _can_record(layer: Any) -> bool:
-    """Whether a layer can take tokens back after they evicted others, if it is told to record."""
-    return type(layer) is SinkLayer or (hasattr(layer, "record_past") and not isinstance(layer, StateLayer))
+def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `generate` that a stream can't serve."""
+    if _asked_for(model, kwargs, "use_cache") is False:
+        raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
+    implementation = _asked_for(model, kwargs, "cache_implementation")
+    if implementation is not None:
+        raise ValueError(
+            f"`cache_implementation` must not be given, got {implementation!r}: the cache is a `SinkCache`. Leave it "
+            "out."
+        )
+    if _asked_for(model, kwargs, "return_legacy_cache"):
+        raise ValueError(
+            "`return_legacy_cache` must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."
+        )
+    if resolve_setting(model, kwargs, "penalty_alpha"):
+        raise ValueError(
+            "`penalty_alpha` asks for contrastive search, which looks at all tokens of before. Leave it out."
+        )
+    for name, mode in MOVED_MODES.items():
+        value = resolve_setting(model, kwargs, name)
+        if value is not None and value != 1:  # as one group of beams
+            raise ValueError(
+                f"`{name}` asks for {mode}, which transformers {transformers.__version__} loads from a repository of "
+                "its own, and a stream is another. Leave it out."
+            )
+    if kwargs.get("position_ids") is not None:
+        raise ValueError(
+            "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
+        )
+    chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
+    try:
+        valid = chunk_size is None or integer("prefill_chunk_size", chunk_size) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
-def _gather(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """What `buffer`, `[batch, kv_heads, window.length, head_dim]`, has in `slots` (`[rows, n]`) of each row."""
-    if len(slots) == 1:  # copies whole tokens: several times as fast
-        return buffer.index_select(2, slots[0])
-    batch, heads, _, head_dim = buffer.shape
-    return buffer.gather(2, slots[:, None, :, None].expand(batch, heads, -1, head_dim))
+def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]:
+    """The argument of `generate` that asks for assisted decoding (arXiv:2211.17192), None if there is none."""
+    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    return next((name for name in names if resolve_setting(model, kwargs, name)), None)
 
 
-class StateAndSinkLayer(SinkLayer, StateLayer):
-    """A layer with an attention to all tokens and a recurrent state side by side (arXiv:2411.13676): both are kept.
+def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwargs: dict[str, Any], name: str) -> None:
+    """Raise where the drafts that `name` asks for can't be checked, or taken back, as exactly as one token at a time.
 
-    Args:
-        number_of_states: how many states it has.
-        ring: of `SinkLayer`.
+    `layers` are those that a cache has for the model.
     """
+    if name == "use_mtp" or resolve_setting(model, kwargs, "speculation_type") == "dflash":
+        raise ValueError(
+            f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
+            "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
+        )
+    if name == "assistant_early_exit" and EARLY_EXITS_FAIL:
+        raise ValueError(
+            f"`{name}` fails in transformers {transformers.__version__} with any cache: an argument is left out there. "
+            "Update transformers, or use `prompt_lookup_num_tokens` or an `assistant_model`."
+        )
+    if is_synced(model, kwargs.get("synced_gpus")):
+        raise ValueError(
+            f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
+            "transformers has it append tokens. Leave one of them out."
+        )
+    if not takes_masks(model):
+        raise ValueError(
+            f"`{name}` checks several tokens at once, which needs a mask that this model's `attn_implementation`, "
+            'flash attention, does not take. Load the model with "sdpa", or leave it out.'
+        )
+    if not all(map(can_record, layers)):
+        raise ValueError(
+            f"`{name}` asks for a decoding mode that takes tokens back, which some layers of `model` "
+            f"({type(model).__name__}) can't with transformers {transformers.__version__}: they slide or keep a state. "
+            "Leave it out, or use a model with full attention in its layers."
+        )
+    number = resolve_setting(model, kwargs, "prompt_lookup_num_tokens")
+    if number is not None and number >= window.length:
+        raise ValueError(
+            f"`prompt_lookup_num_tokens` must be less than `window_length` ({window.length}), got {number}."
+        )
 
-    def __init__(self, number_of_states: int, ring: Ring):
-        SinkLayer.__init__(self, ring)
-        StateLayer.__init__(self, number_of_states)
 
-    def lazy_initialization(self, **kwargs) -> None:
-        """Allocate for a state; `SinkLayer.update` sees to the keys and values."""
-        StateLayer.lazy_initialization(self, **kwargs)
+def refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
+    """Raise unless `past_key_values` is a `SinkCache`, and with the window that was named."""
+    # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
+    if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
+        raise TypeError(
+            f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
+            f"{type(past_key_values).__name__}. Leave it out to start a new one."
+        )
+    for name, value in window.items():
+        if value is not None and value != getattr(past_key_values, name):
+            raise ValueError(
+                f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
+                f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
+            )
+
+
+# Prompts
+
+
+def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
+    """`[rows]`, the columns of left padding in `attention_mask` (`[batch, columns]`).
+
+    Not `given`, it is what transformers made of the pad tokens in the prompt.
+    """
+    if attention_mask is None:
+        return [0]
+    attended = attention_mask.bool()
+    if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+        if not given:
+            raise ValueError(
+                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
+                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
+                "text, and pad on the left if not."
+            )
+        raise ValueError(
+            "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
+            'each row. Set `padding_side="left"` on the tokenizer.'
+        )
+    pads = (~attended).sum(dim=-1).tolist()
+    return pads[:1] if len(set(pads)) == 1 else pads
+
+
+def prompt_ids(kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+    """The ids among the arguments of `generate`: int64 `[batch, length]`."""
+    return kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+
+
+def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """The columns of the conversation that a call of `generate` goes on from, and how many of them are not passed.
+
+    Returns:
+        The columns; how many of them `input_ids` leave out; and how many both `input_ids` and `inputs_embeds` do.
+
+    Raises:
+        ValueError: there is a prompt without a token.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
+    if given and not any(tensor.numel() for tensor in given.values()):
+        name, tensor = next(iter(given.items()))
+        raise ValueError(
+            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
+            "tokenizer's `bos_token_id` where there is no text yet."
+        )
+    ids, embedded, masked = (
+        0 if tensor is None else tensor.shape[1]
+        for tensor in (prompt_ids(kwargs), kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
+    )
+    columns = max(ids, embedded, masked)
+    return columns, columns - ids, columns - max(ids, embedded)
+
+
+def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
+    """Raise unless the arguments of `generate` go on from column `end` of the `seen` ones, with one that is new."""
+    columns, _, start = prompt_columns(kwargs)
+    if 0 < columns <= end:
+        raise ValueError(
+            f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
+            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. Don't "
+            "crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
+        )
+    if end < start < columns:
+        raise ValueError(
+            f"`input_ids` must go on after the {end} tokens that the `SinkCache` has seen, but are the last "
+            f"{columns - start} of the {columns} in `attention_mask`: {start - end} are missing. The last token that "
+            "was generated has not been seen, so pass it too."
+        )
+
+
+# The model's inputs with an entry for each column, and the dimension in which they have it.
+PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
+PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
+
+
+def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """The ids, or embeddings, among the model's inputs: `[batch, length, ...]`."""
+    return inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+
+
+def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
+    """The model's inputs for some of their columns only."""
+    sliced = dict(inputs)
+    for name, dim in PER_COLUMN_INPUTS.items():
+        if isinstance(sliced.get(name), torch.Tensor):
+            sliced[name] = sliced[name][..., columns] if dim == -1 else sliced[name][:, columns]
+    return sliced
+
+
+def refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
+    """Raise if a prompt has images or the like and goes in by chunks, or the model finds positions for them later."""
+    text = (*PER_COLUMN_INPUTS, "attention_mask")
+    media = [name for name, value in inputs.items() if name not in text and isinstance(value, (torch.Tensor, dict))]
+    if not any(inputs[name] is not None and len(inputs[name]) > 0 for name in media):
+        return
+    if len(chunks) > 1:
+        raise ValueError(
+            f"Images or the like ({', '.join(media)}) must come with a prompt that goes in at once: this one goes in "
+            f"{len(chunks)} chunks, the first of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater "
+            "`window_length`."
+        )
+    if inputs.get("position_ids") is None:
+        raise ValueError(
+            f"Images or the like ({', '.join(media)}) can't be streamed with this model: it chooses their positions "
+            "where a stream can't see them. Pass a prompt of text."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache
+# Stream: a bound cache at work
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _ModelReference(weakref.ref):
-    """Does not keep its model alive, and is left behind when the cache goes to another process."""
-
-    def __deepcopy__(self, memo: dict) -> "_ModelReference":
-        return self
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
-
-
-class Call:
-    """A call of `generate`, in the thread that makes it: a cache is in use by one at a time."""
-
-    def __init__(self):
-        self.thread = threading.get_ident()
-
-
-_claiming = threading.Lock()  # held while a call takes a cache into use
-
-
-class _WithoutGraph(torch.autograd.Function):
+class WithoutGraph(torch.autograd.Function):
     """Copies of `keys` and `values` off the slots, which know nothing of the graph of the states that went in."""
 
     @staticmethod
@@ -1199,247 +1693,323 @@ class _WithoutGraph(torch.autograd.Function):
         )
 
 
-def _integer(name: str, value: Any) -> int:
-    """The number of tokens that `value` is, of whatever type of integers; TypeError if it is none."""
-    try:
-        if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.") from None
-
-
-class SinkCache(Cache):
-    """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
-
-    *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
-    `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
-    before the oldest of these. `get_seq_length()` is the number of tokens seen. That is of layers that attend to all
-    tokens; those that slide, attend by chunks or keep a state have the cache that transformers gives them, beside.
-
-    *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
-    `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
-    tokens stored. Told neither `sin` nor `cos`, it refuses to evict.
-
-    All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
-    calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
-    the cache sees neither mask nor positions. They hold for one row, not padded, up to the length that the model was
-    trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length, and
-    going on with rows that were padded or shifted back. What the cache can't see there, and is wrong: one row that is
-    padded, and `position_ids` other than the model's own.
-
-    What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
-    into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
+@dataclass
+class Transcript:
+    """The latest ids that were passed to `generate`, by which other ids are known to continue the conversation or not.
 
     Args:
-        window_length (`int`, defaults to 256): the most tokens kept, sinks included.
-        num_sink_tokens (`int`, defaults to 4): how many of them are the first of the sequence.
-
-    Attributes:
-        key_cache, value_cache (`list[torch.Tensor]`): a tensor a layer, `[batch, kv_heads, tokens kept, head_dim]`; in
-            order of the sequence if unbound, and as stored if bound.
-
-    Raises:
-        TypeError: an argument is no integer.
-        ValueError: not `0 <= num_sink_tokens < window_length`.
+        ids: int64 `[batch, known columns]`, None if none are known.
+        end: the column after them. The cache may not have seen all of them yet.
     """
 
-    is_compileable = False  # but in `generate`, which prepares each step: see `_streaming`
+    ids: Optional[torch.Tensor] = None
+    end: int = 0
 
-    def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
-        window_length = _integer("window_length", window_length)
-        num_sink_tokens = _integer("num_sink_tokens", num_sink_tokens)
-        if window_length < 1:
-            raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
-        if window_length > sys.maxsize:
-            raise ValueError(f"`window_length` must be at most {sys.maxsize}, got {window_length}.")
-        if not 0 <= num_sink_tokens < window_length:
-            raise ValueError(
-                f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
-                f"the sinks too, got {num_sink_tokens}."
-            )
-        _init_cache(self)
-        self._window = Window(window_length, num_sink_tokens)
-        self._model: Optional[_ModelReference] = None
-        self._fingerprint: Optional[torch.Tensor] = None  # of that model
-        self._rotations: list[Optional[Rotation]] = []
-        self._resumes = self._counts = True
-        self._new_layers: list = []  # what `layers` are before the first token
-        self._call: Optional[Call] = None  # the one that this cache is in use by
-        self.reset()
+    def common_length(self, input_ids: torch.Tensor, first: int, seen: int) -> int:
+        """Up to which of the `seen` columns `input_ids` (`[batch, length]`, from column `first` on) may be the same."""
+        end = first + input_ids.shape[1]
+        if self.ids is None or len(self.ids) != len(input_ids):
+            return min(seen, end)
+        known_from = self.end - self.ids.shape[1]
+        start, stop = max(first, known_from), min(end, seen, self.end)
+        if stop <= start:  # none of them is known; of what ends before those that are, nothing can be common
+            return 0 if end <= known_from else min(seen, end)
+        known = self.ids[:, start - known_from : stop - known_from].to(input_ids.device)
+        others = (input_ids[:, start - first : stop - first] != known).any(dim=0).nonzero()
+        return start + int(others[0]) if len(others) > 0 else min(seen, end)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_other_thread()  # of which a copy would have half a step
-        return vars(self) | {"_call": None}
+    def forget_from(self, end: int) -> None:
+        """Forget the ids from column `end` on."""
+        if self.ids is not None and self.end > end:
+            self.ids, self.end = self.ids[:, : end - self.end], end
 
-    def _take_into_use(self, call: Call) -> None:
-        """Keep this cache for `call` alone until `_give_back`; raise if it is in use."""
-        with _claiming:
-            if self._call is None:
-                self._call = call
-        if self._call is not call:
-            self._refuse_use()
+    def keep_last(self, number: int) -> None:
+        """Forget all but the last `number` columns."""
+        if self.ids is not None:
+            self.ids = self.ids[:, -number:].clone()
 
-    def _give_back(self, call: Call) -> None:
-        """The end of `call`: if it was this that the cache was in use by, it is free again."""
-        if self._call is call:
-            self._call = None
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `indices[i]` was."""
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, indices.to(self.ids.device))
 
-    def _refuse_other_thread(self) -> None:
-        """Raise if a call of `generate` has this cache in use, in another thread than this one."""
-        if torch.compiler.is_compiling():  # in a call's own thread, and compiled code can't ask for it
-            return
-        call = self._call
-        if call is not None and call.thread != threading.get_ident():
-            self._refuse_use()
 
-    def _refuse_use(self) -> None:
-        raise ValueError(
-            "The `SinkCache` in `past_key_values` is in use by another call of `generate`, which goes on. Wait until "
-            "that has ended, or use a cache for each call."
-        )
+MOST_IN_A_CHUNK = 256  # tokens, by default
 
-    def reset(self) -> None:
-        """Forget all tokens; a bound cache stays bound."""
-        self._refuse_other_thread()
-        self.layers = copy.deepcopy(self._new_layers)
-        self.static = False  # whether compiled code writes the next token
-        self._slots_mask: Optional[torch.Tensor] = None
-        self.pads: Optional[list[int]] = None  # each row's left padding, None as long as no mask was seen
-        self.offsets = [0]  # by how much each row's positions are lowered
-        self.has_evicted = False  # since when only what was kept of evicted tokens can be put back
+
+class Stream:
+    """The tokens of a batch in a bound cache, and what the model is given to take in more.
+
+    Args:
+        window: which tokens are kept.
+        traits: of the model.
+        new_layers: what `layers` are before the first token.
+        ceiling: positions given to the model stay below it.
+
+    Attributes:
+        layers: one for each layer of the model. Those that are no `SinkLayer` are transformers' own.
+        pads: `[rows]`, the columns of left padding.
+        padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
+        offsets: `[rows]`, by how much positions are lower than the counts of tokens.
+        has_evicted: whether tokens were evicted, since when only what a layer kept of them can be put back.
+        transcript: the latest ids.
+        in_compiled_step: whether compiled code writes the next token.
+    """
+
+    def __init__(self, window: Window, traits: ModelTraits, new_layers: list, ceiling: int):
+        self.window, self.traits, self.new_layers, self.ceiling = window, traits, new_layers, ceiling
+        self.layers = copy.deepcopy(new_layers)
+        self.pads, self.padding_known, self.offsets = [0], False, [0]
+        self.has_evicted = False
+        self.transcript = Transcript()
+        self.in_compiled_step = False
+        self._slots_mask: Optional[torch.Tensor] = None  # of compiled steps
         self._plan: Optional[UpdatePlan] = None
-        self.latest_ids: Optional[torch.Tensor] = None  # the last tokens that `generate` was passed
-        self.latest_end = 0  # the column after them
-        self._unbound = UnboundLayers(self.window_length, self.num_sink_tokens)
+        self._prepared = False  # whether the model was given positions and a mask for that plan
 
-    def bind(self, model: PreTrainedModel) -> "SinkCache":
-        """Read the rotation of every layer off `model` and stream from now on.
+    def renewed(self) -> "Stream":
+        """The same before its first token."""
+        return Stream(self.window, self.traits, self.new_layers, self.ceiling)
 
-        Args:
-            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
-                it is, and nothing is changed on it; the cache does not keep it alive.
-
-        Returns:
-            This cache.
-
-        Raises:
-            ValueError: the cache is bound to another model, one whose keys and values are others; it holds tokens that
-                it took in unbound, or whose keys `model` has since come to turn otherwise; or `model` can't be
-                streamed.
-        """
-        model = _unwrapped(model)
-        self._refuse_other_thread()
-        if not self.is_bound and self.get_seq_length() > 0:
-            raise ValueError(
-                f"The `SinkCache` in `past_key_values` was not bound when it took in its {self.get_seq_length()} "
-                "tokens. Call `bind(model)` before the first token, or `reset()` it."
-            )
-        bound_to = None if self._model is None else self._model()
-        if bound_to is not model:
-            _refuse_model(model, self.window_length)
-        device = model.device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
-            reading = read_model(model)
-        if bound_to is model and reading.rotations is self._rotations:
-            return self
-        slots = [(shape, dtype) for layer in reading.slots for shape, dtype, _ in layer]
-        nbytes = self.window_length * sum(shape[1] * shape[3] * dtype.itemsize for shape, dtype in slots)
-        if nbytes > sys.maxsize:
-            raise ValueError(
-                f"`window_length` is {self.window_length}, for which keys and values would take {nbytes} bytes, more "
-                "than a machine can address. Choose a shorter one."
-            )
-        layers = _layers(model, self._window, reading)
-        # Far enough above the window that shifting back is rare, and above those of layers that slide by themselves, so
-        # that no key meets it twice; low enough that float32 is exact about angles.
-        reaches = [getattr(layer, "sliding_window", 0) for layer in layers]
-        ceiling = max(4 * self.window_length, 4096, *reaches)
-        trained_length = _trained_length(model.config) or ceiling
-        ceiling = max(self.window_length, min(ceiling, trained_length))
-        _refuse_reach(model, reading, self.window_length, ceiling - 1)
-        if self.is_bound and bound_to is not model and not _are_alike(reading.fingerprint, self._fingerprint):
-            raise ValueError(
-                OTHER_MODEL
-                if bound_to is None
-                else "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
-                "nothing to this one. Use a `SinkCache` for each model."
-            )
-        if self.get_seq_length() > 0 and not _turn_alike(reading.rotations, self._rotations):
-            raise ValueError(
-                f"`model` turns its keys otherwise than for the {self.get_seq_length()} tokens that the `SinkCache` in "
-                "`past_key_values` holds, with which new ones would not fit together: its rotary embeddings are "
-                "others. `reset()` it, or use a new one."
-            )
-        self._rotations, self._new_layers = reading.rotations, layers
-        if self.get_seq_length() == 0:
-            self.layers = copy.deepcopy(layers)
-        for layer, rotation in zip(self.layers, reading.rotations):
+    def rebind(self, traits: ModelTraits, new_layers: list, ceiling: int) -> None:
+        """Go on with what was read of the model anew."""
+        self.traits, self.new_layers, self.ceiling = traits, new_layers, ceiling
+        for layer, rotation in zip(self.layers, traits.rotations):
             if isinstance(layer, SinkLayer):
                 layer.ring.rotation = rotation
-        # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
-        dtypes = [dtype for layer in reading.slots for _, dtype, _ in layer]
-        self._mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
-        self._fingerprint, self._resumes, self._counts = reading.fingerprint, reading.resumes, reading.counts
-        self._trained_length, self._ceiling = trained_length, ceiling
-        self._model = _ModelReference(model)
-        return self
-
-    def _keep_layers(self, number: int) -> None:
-        """Hold the first `number` layers only, for a model that exits early; before the first token."""
-        reading = read_model(self._model())
-        self._rotations = reading.rotations[:number]
-        reading = replace(reading, rotations=self._rotations, slots=reading.slots[:number])
-        self._new_layers = _layers(self._model(), self._window, reading)
-        self.reset()
 
     @property
-    def window_length(self) -> int:
-        """The most tokens kept, sinks included."""
-        return self._window.length
-
-    @property
-    def num_sink_tokens(self) -> int:
-        """How many of the tokens kept are the first of the sequence."""
-        return self._window.num_sinks
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether `bind` was called, if only in the process that this conversation comes from."""
-        return len(self.layers) > 0  # and not `bool`, which torch 2.6 can't compile of a list
-
-    @property
-    def _rings(self) -> list[Ring]:
-        return list(dict.fromkeys(layer.ring for layer in self._sink_layers))
-
-    @property
-    def _sink_layers(self) -> list[SinkLayer]:
+    def sink_layers(self) -> list[SinkLayer]:
+        """The layers that have sinks and a window."""
         return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
 
     @property
-    def _sinks_only(self) -> bool:
+    def rings(self) -> list[Ring]:
+        """What these keep their tokens in."""
+        return list(dict.fromkeys(layer.ring for layer in self.sink_layers))
+
+    @property
+    def has_sinks_only(self) -> bool:
         """Whether no layer slides, or keeps a state, by itself."""
         return all(type(layer) is SinkLayer for layer in self.layers)
 
     @property
-    def key_cache(self) -> list[torch.Tensor]:
-        return [getattr(layer, "keys", None) for layer in self.layers] if self.is_bound else self._unbound.keys
+    def seen(self) -> int:
+        """The columns seen."""
+        return self.seq_length(0)
+
+    def seq_length(self, layer_idx: int) -> int:
+        """The columns that a layer has seen."""
+        return self._counting_layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
+
+    def _counting_layer(self, layer_idx: int) -> Any:
+        """The layer `layer_idx`, or the first that counts columns if this one does not."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CacheLayerMixin):
+            return layer
+        return next(layer for layer in self.layers if isinstance(layer, CacheLayerMixin))
+
+    def mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int) -> tuple[int, int]:
+        """See `SinkCache.get_mask_sizes`."""
+        layer = self._counting_layer(layer_idx)
+        if not isinstance(layer, SinkLayer):
+            return layer.get_mask_sizes(sizes)
+        end = layer.seen + query_length(sizes)
+        num_keys = self.plan_update(layer.seen, end - layer.seen).num_keys
+        return num_keys, end - num_keys
 
     @property
-    def value_cache(self) -> list[torch.Tensor]:
-        return [getattr(layer, "values", None) for layer in self.layers] if self.is_bound else self._unbound.values
+    def keys(self) -> list[Optional[torch.Tensor]]:
+        """`[batch, kv_heads, window.length, head_dim]` of each sink layer, by slots; and what the others have."""
+        return [getattr(layer, "keys", None) for layer in self.layers]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the cache's tensors take."""
-        if self.is_bound:
-            tensors = [tensor for layer in self.layers for tensor in _tensors(layer).values()]
-            tensors += [ring.sinks for ring in self._rings if ring.sinks is not None]
-            for layer in self._sink_layers:
-                tensors += [states for states in (layer.evicted.keys, layer.evicted.values) if states is not None]
-        else:
-            tensors = self.key_cache + self.value_cache
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def values(self) -> list[Optional[torch.Tensor]]:
+        """The same of values."""
+        return [getattr(layer, "values", None) for layer in self.layers]
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of the batch, -1 if nothing was seen yet."""
+        return next((len(keys) for keys in self.keys if keys is not None and keys.numel() > 0), -1)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that hold something of a token."""
+        tensors = [tensor for layer in self.layers for tensor in layer_tensors(layer).values()]
+        tensors += [ring.sinks for ring in self.rings]
+        tensors += [states for layer in self.sink_layers for states in (layer.evicted.keys, layer.evicted.values)]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    # What the model is given for an update
+
+    def begin(self, batch_size: int, pads: list[int]) -> None:
+        """Take over the padding of a batch before its first token; raise if later ones are of another batch."""
+        if self.seen == 0:
+            self.pads, self.offsets, self._plan = pads, [0] * len(pads), None
+        elif self.batch_size != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
+                "sequences count). Continue with as many, or `batch_repeat_interleave` it."
+            )
+        elif self.pads not in (pads, pads * batch_size):
+            raise ValueError(
+                f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
+                f"{self.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
+            )
+        self.padding_known = True
+
+    def plan_update(self, start: int, length: int) -> UpdatePlan:
+        """The plan of `length` new columns after `start`. The first layer that asks makes it, for all of them."""
+        if self._plan is None or (self._plan.start, self._plan.length) != (start, length):
+            self._plan = UpdatePlan(self.window, start, length, self.pads, self.offsets)
+            self._prepared = False
+        return self._plan
+
+    def most_at_once(self, start: int) -> int:
+        """How many columns after `start` one forward pass can take."""
+        if start > 0 and not self.traits.continues_states:
+            return 1
+        return self.ceiling - min(start, self.window.num_sinks)
+
+    def chunks(self, length: int, takes_masks: bool, chunk_size: Optional[int], least_last: int) -> list[slice]:
+        """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
+
+        How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each
+        token of it attention sees one more copy of the sinks. So by default a chunk has so many tokens that these
+        copies take three quarters of a window, and at most 256: with more of them, attention would take more time than
+        passes save.
+
+        Args:
+            takes_masks: whether the model's attention does. If not, what evicts goes in token by token.
+            chunk_size: `prefill_chunk_size` of `generate`.
+            least_last: how many tokens the last update must have at least.
+        """
+        start, window, continues = self.seen, self.window, self.traits.continues_states
+        default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
+        evicting = min(chunk_size or default, self.most_at_once(start + length)) if takes_masks and continues else 1
+        fits = window.length - max(max(start - pad, 0) for pad in self.pads)
+        sizes = []
+        while sum(sizes) < length:
+            free = fits - sum(sizes) if continues or start + sum(sizes) == 0 else 0
+            size = min(free, chunk_size or free) if free > 0 else evicting
+            sizes.append(min(size, length - sum(sizes)))
+        while sizes[-1] < least_last and len(sizes) > 1:
+            last = sizes.pop()
+            moved = min(least_last - last, sizes[-1])
+            sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
+        if not takes_masks and len(sizes) > 1:
+            _logger.warning_once(
+                "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash "
+                'attention, takes no mask. Load the model with "sdpa" to have it go in faster.'
+            )
+        ends = list(itertools.accumulate(sizes))
+        return [slice(end - size, end) for size, end in zip(sizes, ends)]
+
+    def natural_positions(self, length: int) -> torch.Tensor:
+        """Which tokens the next `length` columns are, negative for padding: int64 `[rows, length]` on the CPU."""
+        pads = torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None]
+        return torch.arange(self.seen, self.seen + length, dtype=torch.long, device="cpu") - pads
+
+    def refuse_other_positions(self, positions: Optional[torch.Tensor]) -> None:
+        """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one a token."""
+        if positions is None or positions.shape[-1] == 1:  # to look at a single token waits for the device
+            return
+        natural = self.natural_positions(positions.shape[-1])
+        if ((positions.cpu() != natural) & (natural >= 0)).any():
+            raise ValueError(
+                "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), "
+                "and a stream moves its sinks by as many as there are tokens. Pass a prompt of text."
+            )
+
+    def inputs_for_step(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Fit the model's inputs for one update: positions that stay bounded, and a mask over the kept keys."""
+        tokens = new_tokens(inputs)
+        self.lower_positions_if_needed(tokens.shape[1])
+        plan = self.plan_update(self.seen, tokens.shape[1])
+        self._prepared = True
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = self.natural_positions(plan.length).clamp(min=0).to(tokens.device)
+        if any(self.offsets):
+            positions = positions - torch.tensor(self.offsets, dtype=torch.long, device=positions.device)[:, None]
+        if self.in_compiled_step:
+            # Strides that depend on how many tokens there were would have the code compiled again.
+            positions = positions.clone(memory_format=torch.contiguous_format)
+            inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
+        elif any(self.pads) or plan.evicts:
+            inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
+        return inputs | {"position_ids": positions}
+
+    def _masks(self, model: PreTrainedModel, cache: Cache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
+        """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
+
+        None where each token sees all old keys and, causally, the new ones.
+        """
+        if plan.needs_mask and not takes_masks(model):
+            raise ValueError(
+                "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
+                '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
+                if not plan.sees_copies
+                else f"These {plan.length} tokens evict some, which needs a mask that this model's "
+                "`attn_implementation`, flash attention, does not take. Pass one token at a time, or load the model "
+                'with "sdpa".'
+            )
+        padded, mask = any(self.pads), None
+        # A layer that is neither, and no sink layer, is for what comes beside text: such models take no masks by kind.
+        several = any(
+            type(layer).__name__ in UNTOUCHED_LAYERS or isinstance(layer, StateLayer) for layer in self.layers
+        )
+        by_kind = several and (padded or plan.sees_copies)
+        # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
+        leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
+        if plan.needs_mask or (leaves_it and takes_masks(model)):
+            mask = plan.mask(self.traits.mask_dtype, tokens.device)
+        if not by_kind:
+            return mask
+        attended = None
+        if padded:
+            columns = torch.arange(plan.end, dtype=torch.long, device=tokens.device)
+            attended = columns >= torch.tensor(self.pads, dtype=torch.long, device=tokens.device)[:, None]
+            attended = attended.expand(len(tokens), -1)
+        # A state's mask is one of padding. transformers leaves it out where a token comes alone, padding or not.
+        of_states = attended[:, -plan.length :] if plan.start < max(self.pads) else None
+        states = torch.empty(len(tokens), plan.length, 0, dtype=self.traits.mask_dtype, device=tokens.device)
+        kinds = {"sliding_attention", "chunked_attention"}.intersection(layer_kinds(model.config))
+        return {
+            "full_attention": mask,
+            "hybrid": mask,
+            "linear_attention": of_states,
+            "conv": of_states,
+            **{kind: default_mask(kind, model, cache, attended, plan, states) for kind in kinds},
+        }
+
+    def lower_positions_if_needed(self, length: int) -> None:
+        """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
+
+        That costs O(window length) once in about `ceiling` tokens, and each key meets it at most once before it leaves
+        the window. Keys may lie at negative positions: the model is given those of the new tokens only.
+        """
+        plan = self.plan_update(self.seen, length)
+        distances = [
+            seen - offset if seen > self.window.num_sinks and seen - offset + new > self.ceiling else 0
+            for seen, new, offset in zip(plan.seen, plan.num_new, self.offsets)
+        ]
+        if not any(distances):
+            return
+        back = [-distance for distance in distances]
+        for ring in self.rings:
+            ring.lower_positions(distances)
+        for layer, rotation in zip(self.layers, self.traits.rotations):
+            if isinstance(layer, SinkLayer):
+                if rotation is not None and layer.evicted.keys is not None:
+                    rotation.rotate_(getattr(layer.evicted, rotation.tensor), back)
+            elif rotation is not None and rotation.tensor in layer_tensors(layer):
+                states = getattr(layer, rotation.tensor).clone()
+                setattr(layer, rotation.tensor, rotation.rotate_(states, back))
+        self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
+        self._plan = None
+
+    # An update
 
     def update(
         self,
@@ -1450,33 +2020,14 @@ class SinkCache(Cache):
         *args,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in the keys and values of new tokens; return those that the new tokens attend to.
-
-        Args:
-            key_states: `[batch, kv_heads, length, head_dim]`, turned to their positions by the model.
-            value_states: `[batch, kv_heads, length, value_head_dim]`.
-            layer_idx: the layer that they are of.
-            cache_kwargs: for an unbound cache: `sin` and `cos`, `[length, rotary_dim]` of the whole window or
-                `[1, length, rotary_dim]` of the new tokens, and `partial_rotation_size`, how many leading dimensions
-                turn if not all do.
-
-        Returns:
-            Keys and values with the tokens attended to in dimension 2.
-
-        Raises:
-            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
-                one was called without its `prepare_inputs` where it needs them.
-        """
-        self._refuse_other_thread()
-        if not self.is_bound:
-            return self._unbound.update(key_states, value_states, layer_idx, cache_kwargs or {})
+        """See `SinkCache.update`."""
         layer = self.layers[layer_idx]
-        if self.static:
-            return layer.write(key_states, value_states)
+        if self.in_compiled_step:
+            return layer.write_compiled(key_states, value_states)
         if not isinstance(layer, SinkLayer):
             return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
         plan = self.plan_update(layer.seen, key_states.shape[2])
-        if not plan.prepared:
+        if not self._prepared:
             self._refuse_unprepared(plan, key_states.shape[0])
         self.has_evicted |= plan.evicts
         keys, values = layer.update(key_states, value_states, plan)
@@ -1484,20 +2035,21 @@ class SinkCache(Cache):
             return keys, values
         # A graph would keep the slots themselves, which the next update writes into.
         if key_states.requires_grad or value_states.requires_grad:
-            return _WithoutGraph.apply(keys, values, key_states, value_states)
+            return WithoutGraph.apply(keys, values, key_states, value_states)
         return keys.clone(), values.clone()
 
     def _refuse_unprepared(self, plan: UpdatePlan, batch_size: int) -> None:
-        """Raise if the mask or the positions that the model makes by itself can't be right for this step, or known."""
-        if any(self.pads or []) or any(self.offsets):
+        """Raise if the mask or the positions that the model makes by itself can't be right for this update."""
+        trained = self.traits.trained_length
+        if any(self.pads) or any(self.offsets):
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
-        elif plan.start > 0 and not self._counts:
+        elif plan.start > 0 and not self.traits.continues_positions:
             reason = "the model would start over from position 0"
-        elif plan.start + plan.length > self._trained_length:
-            reason = f"the model would count positions past the {self._trained_length} that it was trained on"
-        elif plan.evicts and batch_size > 1 and self.pads is None:
+        elif plan.end > (self.ceiling if trained is None else trained):
+            reason = f"the model would count positions past the {trained or self.ceiling} that it was trained on"
+        elif plan.evicts and batch_size > 1 and not self.padding_known:
             reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
-        elif plan.length > 1 and plan.start > 0 and not self._resumes:
+        elif plan.length > 1 and plan.start > 0 and not self.traits.continues_states:
             reason = "the model forgets its states where it gets several tokens at once, so pass one at a time"
         elif plan.sees_copies:
             reason = f"these {plan.length} tokens evict some, and each has to see another part of the window"
@@ -1508,477 +2060,216 @@ class SinkCache(Cache):
             "`**past_key_values.prepare_inputs(input_ids, attention_mask)`."
         )
 
-    def prepare_inputs(self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None) -> dict[str, Any]:
-        """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
-
-        Args:
-            input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
-                same. Of `length` that evict, attention sees `length * num_sink_tokens` keys more: pass a long prompt by
-                a few.
-            attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
-                each row has at least one of. Not needed without padding, or again.
-
-        Returns:
-            `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
-            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other.
-
-        Raises:
-            ValueError: the cache is not bound, or the arguments don't fit to what it holds.
-        """
-        model = None if self._model is None else self._model()
-        if model is None:
-            raise ValueError(
-                "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
-            )
-        self._refuse_other_thread()
-        self.settle()
-        start, (batch_size, length) = self.get_seq_length(), input_ids.shape
-        needed = [batch_size, start + length]
-        if attention_mask is not None and list(attention_mask.shape) != needed:
-            raise ValueError(
-                f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
-                f"{list(attention_mask.shape)}."
-            )
-        at_once = self._most_at_once(start)
-        if length > at_once:
-            raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
-        pads = self.pads if start > 0 and attention_mask is None else None
-        _begin(self, batch_size, _left_padding(attention_mask) if pads is None else pads)
-        inputs = {"input_ids": input_ids, "attention_mask": None, "past_key_values": self}
-        return _inputs_for_step(model, self, inputs)
-
-    def _most_at_once(self, start: int) -> int:
-        """How many tokens after `start` columns one forward pass can take."""
-        return self._ceiling - min(start, self.num_sink_tokens) if start == 0 or self._resumes else 1
-
-    def plan_update(self, start: int, length: int) -> UpdatePlan:
-        """The plan of `length` new columns after `start`: made by the first layer that asks, shared by the others."""
-        if self._plan is None or (self._plan.start, self._plan.length) != (start, length):
-            self._plan = UpdatePlan(self._window, start, length, self.pads or [0], self.offsets)
-        return self._plan
-
-    def lower_positions_if_needed(self, length: int) -> None:
-        """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
-
-        That costs O(window_length) once in about `ceiling` tokens, and each key meets it at most once before it leaves
-        the window. Keys may lie at negative positions: the model is given those of the new tokens only.
-        """
-        plan = self.plan_update(self.get_seq_length(), length)
-        distances = [
-            seen - offset if seen > self.num_sink_tokens and seen - offset + new > self._ceiling else 0
-            for seen, new, offset in zip(plan.seen, plan.num_new, self.offsets)
-        ]
-        if not any(distances):
-            return
-        back = [-distance for distance in distances]
-        for ring in self._rings:
-            ring.lower_positions(distances)
-        for layer, rotation in zip(self.layers, self._rotations):
-            if isinstance(layer, SinkLayer):
-                if rotation is not None and layer.evicted.keys is not None:
-                    rotation.turn(getattr(layer.evicted, rotation.tensor), back)
-            elif rotation is not None and rotation.tensor in _tensors(layer):
-                states = getattr(layer, rotation.tensor).clone()
-                setattr(layer, rotation.tensor, rotation.turn(states, back))
-        self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
-        self._plan = None
-
     def prepare_compiled_step(self, plan: UpdatePlan, device: torch.device) -> torch.Tensor:
         """Before a compiled step: place the sinks, set the slot indices, return the mask.
 
-        The mask is additive, `[rows, 1, 1, window_length]`, and hides the slots that are not filled yet. It stays when
-        all are: without a mask, the code would be another.
+        The mask is additive, `[rows, 1, 1, window.length]`, and hides the slots that are not filled yet. It is given
+        also when all are filled: without a mask, the code would be another.
         """
-        for ring in self._rings:
+        for ring in self.rings:
             ring.place_sinks(plan.sink_shifts)
             ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
         if self._slots_mask is None:
             seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
-            filled = torch.arange(self.window_length, dtype=torch.long, device=device) <= seen
-            self._slots_mask = _additive(filled[:, None, None], self._mask_dtype)
-        elif min(plan.seen) < self.window_length:
+            filled = torch.arange(self.window.length, dtype=torch.long, device=device) <= seen
+            self._slots_mask = additive_mask(filled[:, None, None], self.traits.mask_dtype)
+        elif min(plan.seen) < self.window.length:
             self._slots_mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
         return self._slots_mask
 
+    def count_compiled_token(self) -> None:
+        """Count the token that a compiled step wrote."""
+        self.has_evicted |= self._plan.evicts
+        for layer in self.layers:
+            layer.count_compiled()
+
+    def leave_compiled_steps(self) -> None:
+        """Have what follows not be compiled."""
+        self.in_compiled_step, self._slots_mask = False, None
+
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `indices[i]` was."""
+        for ring in self.rings:
+            ring.select_rows(indices)
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.refresh_views()
+                layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
+                if isinstance(layer, StateLayer):
+                    StateLayer.reorder_cache(layer, indices)
+            else:
+                layer.reorder_cache(indices)
+        self.transcript.select_rows(indices)
+        if len(self.pads) > 1:
+            rows = indices.tolist()
+            self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
+        self._plan = None
+
+    # Taking back
+
     def settle(self) -> None:
-        """Take back a step that an error or an interrupt cut short, when some layers had its tokens and some had not.
+        """Take back an update that was cut short by an error or an interrupt, after some of the layers.
 
         Raises:
             ValueError: layers that slide, or keep a state, were cut short: they can't take tokens back.
         """
         counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
         counts -= {None}  # of layers that don't count
-        plan, has_states = self._plan, any(isinstance(layer, StateLayer) for layer in self.layers)
-        begun = {layer.begun for layer in self._sink_layers} | counts
-        if self._sinks_only:
+        begun = {layer.begun for layer in self.sink_layers} | counts
+        if self.has_sinks_only:
             if len(begun) > 1:
                 for layer in self.layers:
-                    layer.take_back(min(counts), self.pads or [0])
+                    layer.take_back(min(counts), self.pads)
                 self._plan = None
-        elif len(begun) > 1 or (
-            has_states and plan is not None and plan.prepared and {plan.start + plan.length} != counts
-        ):
+            return
+        has_states = any(isinstance(layer, StateLayer) for layer in self.layers)
+        if len(begun) > 1 or (has_states and self._prepared and self._plan is not None and {self._plan.end} != counts):
             raise ValueError(
                 "The `SinkCache` in `past_key_values` was left in the middle of a forward pass by an error: its layers "
                 "disagree about the tokens seen, and those that slide or keep a state can't take them back. `reset()` "
                 "it, or use a new one."
             )
 
-    def count_compiled_token(self) -> None:
-        """Count the token that a compiled step wrote."""
-        self.has_evicted |= self._plan.evicts
-        for layer in self.layers:
-            layer.count_written()
-
-    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        """Tokens seen, padding included, if bound; tokens stored if not."""
-        if layer_idx >= len(self.layers if self.is_bound else self._unbound.keys):
-            return 0
-        return self._counting(layer_idx).get_seq_length() if self.is_bound else self._unbound.keys[layer_idx].shape[-2]
-
-    def _counting(self, layer_idx: int) -> Any:
-        """The layer `layer_idx`, or where it does not count its tokens, the first that does."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, CacheLayerMixin):
-            return layer
-        return next(layer for layer in self.layers if isinstance(layer, CacheLayerMixin))
-
-    def get_max_length(self, *args, **kwargs) -> int:
-        """The most tokens kept: `window_length`."""
-        return self.window_length
-
-    get_max_cache_shape = get_max_length
-
-    def get_mask_sizes(self, sizes: "torch.Tensor | int", layer_idx: int = 0) -> tuple[int, int]:
-        """The number of keys that `update` will return, and the column that the first of them counts as."""
-        self._refuse_other_thread()
-        stored, length = self.get_seq_length(layer_idx), _query_length(sizes)
-        if not self.is_bound:
-            return (min(stored + length, self.window_length) if stored else length), 0
-        layer = self._counting(layer_idx)
-        if not isinstance(layer, SinkLayer):
-            return layer.get_mask_sizes(sizes)
-        num_keys = self.plan_update(stored, length).num_keys
-        return num_keys, stored + length - num_keys
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `beam_idx[i]` was: int64 `[batch]`."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
-        self._refuse_other_thread()
-        for ring in self._rings:
-            ring.reorder(indices)
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.look()
-                layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
-                if isinstance(layer, StateLayer):
-                    StateLayer.reorder_cache(layer, indices)
-            else:
-                layer.reorder_cache(indices)
-        self._unbound.select_rows(indices)
-        if self.latest_ids is not None:
-            self.latest_ids = self.latest_ids.index_select(0, indices.to(self.latest_ids.device))
-        if self.pads is not None and len(self.pads) > 1:
-            rows = indices.tolist()
-            self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
-        self._plan = None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch `repeats` times."""
-        self.batch_select_indices(
-            torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu").repeat_interleave(repeats)
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """The rows of the batch held, -1 if it holds nothing yet."""
-        return next((keys.shape[0] for keys in self.key_cache if keys is not None and keys.numel() > 0), -1)
-
-    def crop(self, tokens: Optional[int] = None, **named: int) -> None:
-        """Take back the latest tokens: as far as nothing was evicted, and past that those of the last update.
-
-        `activate_past_recording` has all tokens taken back that came since the last `crop`.
-
-        Args:
-            tokens: in the convention of the release. If negative, how many columns (tokens, padding included) to
-                forget. If positive, how many to keep. 0 is nothing to forget where transformers calls the argument
-                `tokens_to_remove`, and nothing to keep where it is `max_length`. Both names are taken.
-
-        Raises:
-            TypeError: not one int was given.
-            ValueError: what the tokens evicted is gone, a row would be left without a token, or the cache is not bound
-                or has layers that can't take tokens back. Nothing is lost then.
-        """
-        self._refuse_other_thread()
-        if tokens is not None or len(named) != 1 or not named.keys() <= {"tokens_to_remove", "max_length"}:
-            if tokens is None or named:
-                raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
-            named = {CROP_ARGUMENT: tokens}
-        ((name, tokens),) = named.items()
-        tokens = _integer(name, tokens)  # assisted decoding of some releases counts in a tensor
-        self.settle()
-        seen = self.get_seq_length()
-        end = tokens if tokens > 0 or (tokens == 0 and name == "max_length") else seen + tokens
-        if end >= seen and seen > 0:
-            end = seen  # there is nothing to forget, which settles what was recorded
-        self._take_back(end, f"`{name}`", tokens)
-
-    def _take_back(self, end: int, name: str, value: int) -> None:
-        """Forget all columns from `end` on, or raise and say that `name` asked for it."""
-        seen, pads = self.get_seq_length(), self.pads or [0]
-        if not self.is_bound or not self._can_take_back:
-            raise ValueError(
-                "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, or where "
-                "transformers lets the layers that slide take tokens back, after `activate_past_recording()`. Got "
-                f"{name} {value}."
-            )
-        if end < seen and end <= max(pads):
-            if end == 0:
-                self.reset()
-                return
-            raise ValueError(
-                f"{name} must leave a token of each row, {max(pads) + 1} columns or more, got {value} of {seen}. To "
-                "forget all of them, `reset()` it."
-            )
-        if end < seen - self.num_removable:
-            raise ValueError(
-                f"{name} can forget {self.num_removable} of the {seen} tokens seen, got {value}: what those before "
-                f"evicted from the window of {self.window_length} is gone. `reset()` it and pass the conversation anew."
-            )
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.take_back(end, pads)
-            else:
-                layer.crop(end - seen)
-        self.forget_unseen_ids()
-        self._plan = None
-
-    def forget_unseen_ids(self) -> None:
-        """Of the last tokens that `generate` was passed, keep those that were seen."""
-        end = self.get_seq_length()
-        if self.latest_ids is not None and self.latest_end > end:
-            self.latest_ids, self.latest_end = self.latest_ids[:, : end - self.latest_end], end
-
-    @property
-    def num_removable(self) -> int:
-        """How many of the latest columns `crop` can forget."""
-        if not self.is_bound or not self._can_take_back:
-            return 0
-        if not self.has_evicted and not any(self.offsets):
-            return self.get_seq_length()
-        return min(layer.evicted.columns for layer in self._sink_layers)
-
-    def common_length(self, input_ids: torch.Tensor, first: int = 0) -> int:
-        """Up to which column the conversation of `input_ids` is the one held, as far as its tokens are known.
-
-        Args:
-            input_ids: int64 `[batch, length]`, of the columns from `first` on.
-        """
-        seen, end = self.get_seq_length(), first + input_ids.shape[1]
-        if self.latest_ids is None or len(self.latest_ids) != len(input_ids):
-            return min(seen, end)
-        latest_first = self.latest_end - self.latest_ids.shape[1]
-        start, stop = max(first, latest_first), min(end, seen, self.latest_end)
-        if stop <= start:  # none of them is known; of what ends before those that are, none can be
-            return 0 if end <= latest_first else min(seen, end)
-        known = self.latest_ids[:, start - latest_first : stop - latest_first].to(input_ids.device)
-        others = (input_ids[:, start - first : stop - first] != known).any(dim=0).nonzero()
-        return start + int(others[0]) if len(others) > 0 else min(seen, end)
-
-    def activate_past_recording(self) -> None:
-        """Keep what tokens evict until `crop` is called, not only what those of the last update did.
-
-        At most a window of it is kept. Assisted decoding of transformers calls this in newer releases.
-        """
-        self.record_past = True
-
     @property
     def record_past(self) -> bool:
-        """Whether what tokens evict is kept until `crop` is called."""
-        return any(layer.record_past for layer in self._sink_layers)
+        """Whether what tokens evict is kept until some are taken back, over several updates too."""
+        return any(layer.record_past for layer in self.sink_layers)
 
     @record_past.setter
     def record_past(self, recording: bool) -> None:
-        for layer in self.layers:
-            if _can_record(layer):
-                layer.record_past = recording
+        for layer in filter(can_record, self.layers):
+            layer.record_past = recording
 
     @property
-    def _can_take_back(self) -> bool:
+    def can_take_back(self) -> bool:
         """Whether all layers can forget their latest tokens."""
-        return all(type(layer) is SinkLayer or (_can_record(layer) and layer.record_past) for layer in self.layers)
+        return all(type(layer) is SinkLayer or (can_record(layer) and layer.record_past) for layer in self.layers)
 
-    def save(self, path: Union[str, os.PathLike]) -> None:
-        """Write the conversation held to one safetensors file, from which `load` goes on in any process.
+    @property
+    def num_removable(self) -> int:
+        """How many of the latest columns `take_back` can forget."""
+        if not self.can_take_back:
+            return 0
+        if not self.has_evicted and not any(self.offsets):
+            return self.seen
+        return min(layer.evicted.columns for layer in self.sink_layers)
 
-        A file that is there is replaced at once, by one of the same mode: whatever ends this, also a kill, either the
-        old conversation is there or the new one. What a kill leaves beside it, a folder `.sink_cache-*`, the next
-        `save` in the same folder removes.
+    def can_end_at(self, end: int) -> bool:
+        """Whether `take_back` can forget all columns from `end` on, and a token of each row stays."""
+        return max(self.pads) < end and self.seen - self.num_removable <= end
+
+    def take_back(self, end: int) -> None:
+        """Forget all columns from `end` on, of which `num_removable` tells how many may be."""
+        seen = self.seen
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.take_back(end, self.pads)
+            else:
+                layer.crop(end - seen)
+        self.transcript.forget_from(end)
+        self._plan = None
+
+    # The conversation
+
+    def common_length(self, input_ids: torch.Tensor, first: int = 0) -> int:
+        """Up to which column `input_ids` (`[batch, length]`, from column `first` on) are what was seen, if known."""
+        return self.transcript.common_length(input_ids, first, self.seen)
+
+    def refuse_other_ids(self, input_ids: torch.Tensor, end: int) -> None:
+        """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
+        if self.common_length(input_ids, end - input_ids.shape[1]) < self.seen:
+            raise ValueError(
+                "`input_ids` must continue the conversation in `past_key_values`, but are not the tokens that the "
+                "`SinkCache` has seen. To start another one, `reset()` it."
+            )
+
+    def end_in_common(self, kwargs: dict[str, Any]) -> int:
+        """After which of the columns seen the conversation in the arguments of `generate` goes on.
+
+        That may be before the last one. An interrupt, or a draft that was not accepted, may have left tokens here that
+        are not in the conversation, and one of its tokens at least must be new. What can't be taken back counts as
+        common, and is refused later as other tokens.
 
         Raises:
-            ValueError: the cache is not bound, empty, in use, holds numbers that are not finite, or was left in the
-                middle of a forward pass by an error.
-            OSError: `path` can't be written.
+            ValueError: what is passed of the conversation does not go on from what was seen.
         """
-        if not self.is_bound or self.get_seq_length() == 0:
-            raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
-        self._refuse_other_thread()
-        self.settle()
-        for ring in self._rings:  # as the model made them, which is all that there is to know
-            ring.place_sinks([0])
-        model = None if self._model is None else self._model()
-        if model is not None:
-            self._fingerprint = _fingerprint_now(model)
-        tensors, seen = {"fingerprint": self._fingerprint}, self.get_seq_length()
-        for layer_idx, rotation in enumerate(self._rotations):
-            if rotation is not None:
-                tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
-        self.forget_unseen_ids()
-        if self.latest_ids is not None and self.latest_ids.numel() > 0:
-            tensors["latest_ids"] = self.latest_ids
-        for layer_idx, layer in enumerate(self.layers):
-            tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in _tensors(layer).items()}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            if not _is_finite(tensor):
-                raise ValueError(f"The `SinkCache` can't be saved: its {name!r} holds numbers that are not finite.")
-        state = {
-            "version": FORMAT_VERSION,
-            "window_length": self.window_length,
-            "num_sink_tokens": self.num_sink_tokens,
-            "seen": seen,
-            "pads": self.pads or [0],
-            "padding_known": self.pads is not None,
-            "offsets": self.offsets,
-            "has_evicted": self.has_evicted,
-            "latest_end": self.latest_end if "latest_ids" in tensors else 0,
-        }
-        state["checksum"] = _checksum(state, tensors)
-        _write_file(path, tensors, {"sink_cache": json.dumps(state)})
-
-    @classmethod
-    def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
-        """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
-
-        `model` is run on a few tokens, for what its layers hold; nothing is changed on it.
-
-        Raises:
-            ValueError: `path` is no such file, or a damaged one, of a newer format, or of a conversation with another
-                model. It names the path, and says which it is.
-            OSError: `path` can't be read.
-        """
-        state, tensors = _read_file(path)
-        try:
-            state, whole = _checked_state(state, tensors), tensors
-            _refuse_damaged_ids(state, tensors.get("latest_ids"))
-            fingerprint = tensors.get("fingerprint")
-            _require(
-                fingerprint is not None and fingerprint.dtype == torch.float32 and _is_finite(fingerprint),
-                "its `fingerprint` must be there, in float32, and finite",
-            )
-            cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-            if not _are_alike(_fingerprint_now(model), fingerprint):
-                raise ValueError(OTHER_MODEL)
-            tensors = _refuse_other_frequencies(cache, state, tensors)
-            _refuse_damaged_layers(state, tensors, _layout(cache), cache.layers)
-            _require(
-                state.get("checksum") in (None, _checksum(state, whole)),
-                "something in it was changed after it was written: its checksum is another",
-            )
-        except ValueError as error:
-            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
-        cache.pads = state["pads"] if state["padding_known"] else None
-        cache.offsets, cache.latest_end = state["offsets"], state["latest_end"]
-        cache.has_evicted = state["has_evicted"]
-        cache.latest_ids = tensors.get("latest_ids")
-        for layer_idx, layer in enumerate(cache.layers):
-            held = {}
-            for name, tensor in tensors.items():
-                if name.rpartition(".")[2] == str(layer_idx):
-                    held[name.rpartition(".")[0]] = tensor.to(_device(model))
-            _hold(layer, held, state["seen"])
-        return cache
+        columns, columns_not_passed, _ = prompt_columns(kwargs)
+        ids, seen = prompt_ids(kwargs), self.seen
+        end = seen
+        if seen > 0 and ids is not None:
+            common = min(self.common_length(ids, columns_not_passed), columns - 1)
+            if common < seen and self.can_end_at(common):
+                end = common
+        refuse_gap(kwargs, seen, end)
+        return end
 
 
-OTHER_MODEL = (
-    "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
-    "the model that it was held with."
-)
+def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
+    """Below which the positions given to the model stay.
+
+    It is far enough above the window that shifting back is rare, and above the reach of layers that slide by
+    themselves, so that no key meets it twice. It is low enough that float32 is exact about angles, and never past the
+    length that the model was trained on.
+    """
+    ceiling = max(4 * window.length, 4096, *(getattr(layer, "sliding_window", 0) for layer in layers))
+    return max(window.length, min(ceiling, traits.trained_length or ceiling))
 
 
-def _are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the fingerprints are the same model's, in whatever dtype."""
-    return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
-
-
-def _layers(model: PreTrainedModel, window: Window, reading: Reading) -> list:
-    """A new layer for each of the model's: sinks and a window where it attends to all tokens, else what it has."""
-    own = [] if _slides_everywhere(model) else _own_layers(model)
-    layers, rings = [], {}
-    for layer, rotation, slots in itertools.zip_longest(own[: len(reading.slots)], reading.rotations, reading.slots):
-        if (rotation, slots) not in rings:
-            rings[rotation, slots] = Ring(window, rotation)
-        ring = rings[rotation, slots]
-        # A layer that caches nothing of text is for what comes beside it, as images.
-        if type(layer).__name__ in KEPT_LAYERS or (layer is not None and not slots):
-            layers.append(layer)
-        elif isinstance(layer, StateLayer):
-            layers.append(StateAndSinkLayer(layer.number_of_states, ring))
-        else:
-            layers.append(SinkLayer(ring))
-    return layers
-
-
-def _tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """All that a layer holds, by name."""
-    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
-    for name in ("conv_states", "recurrent_states"):
-        tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _hold(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
-    """Make a new layer what it was when it held these `_tensors`."""
-    if isinstance(layer, SinkLayer):
-        SinkLayer.lazy_initialization(layer, tensors["keys"], tensors["values"])
-        layer.keys.copy_(tensors["keys"])
-        layer.values.copy_(tensors["values"])
-        layer.seen = seen
-    elif "keys" in tensors:
-        layer.update(tensors["keys"], tensors["values"])
-        layer.cumulative_length = seen
-    for name, tensor in tensors.items():
-        kind, _, state_idx = name.partition(".")
-        if kind == "conv_states":
-            layer.update_conv_state(tensor, int(state_idx))
-        elif kind == "recurrent_states":
-            layer.update_recurrent_state(tensor, int(state_idx))
+# ---------------------------------------------------------------------------------------------------------------------
+# The class of transformers<4.53, for code that drives it by hand
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class UnboundLayers:
-    """The keys and values of an unbound `SinkCache`: what the class of transformers<4.53 did, bit for bit.
+    """The tokens of an unbound `SinkCache`: what the class of transformers<4.53 did, bit for bit.
 
-    That includes its faults. It moves the window where a bound cache moves the sinks, at each step and in the keys' own
-    dtype, so they wear out (huggingface/transformers #31581, #33691, #35350); it starts one step early, when the window
-    is just full; and it places them in the window while `generate` gives the query its place in the whole sequence.
+    That includes its faults. It moves the window where a stream moves the sinks, at each step and in the keys' own
+    dtype, so they wear out (huggingface/transformers #31581, #33691, #35350). It starts one step early, when the window
+    is just full. And it places keys in the window while `generate` gives the query its place in the whole sequence.
     """
 
-    def __init__(self, window_length: int, num_sink_tokens: int):
-        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+    def __init__(self, window: Window):
+        self.window, self.layers = window, []
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self._cos: Optional[torch.Tensor] = None
         self._sin: Optional[torch.Tensor] = None
         self._back: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def renewed(self) -> "UnboundLayers":
+        """The same before its first token."""
+        return UnboundLayers(self.window)
+
+    def seq_length(self, layer_idx: int) -> int:
+        """The tokens stored."""
+        return self.keys[layer_idx].shape[-2] if layer_idx < len(self.keys) else 0
+
+    def mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int) -> tuple[int, int]:
+        """See `SinkCache.get_mask_sizes`."""
+        stored, length = self.seq_length(layer_idx), query_length(sizes)
+        return (min(stored + length, self.window.length) if stored else length), 0
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of the batch, -1 if nothing is stored yet."""
+        return len(self.keys[0]) if self.keys else -1
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that hold something of a token."""
+        return self.keys + self.values
+
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: dict
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        cache_kwargs: Optional[dict[str, Any]] = None,
+        *args,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SinkCache.update`."""
-        cos, sin = cache_kwargs.get("cos"), cache_kwargs.get("sin")
+        cache_kwargs = cache_kwargs or {}
+        cos, sin, window = cache_kwargs.get("cos"), cache_kwargs.get("sin"), self.window
         if layer_idx == 0 and cos is not None and sin is not None:
             self._remember_angles(cos, sin)
         length = key_states.shape[-2]
@@ -1988,16 +2279,15 @@ class UnboundLayers:
             return key_states, value_states
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         total = keys.shape[-2] + length
-        if total >= self.window_length:
-            sinks = slice(0, self.num_sink_tokens)
-            recent = slice(self.num_sink_tokens + length - self.window_length, None)
+        if total >= window.length:
+            sinks, recent = slice(0, window.num_sinks), slice(window.num_sinks + length - window.length, None)
             recent_keys = keys[:, :, recent]
             if cos is not None and sin is not None:
                 recent_keys = self._move_back(recent_keys, length, key_states.dtype, cache_kwargs)
-            elif total > self.window_length:
+            elif total > window.length:
                 raise ValueError(
-                    f"The `SinkCache` must evict ({total} tokens, `window_length` {self.window_length}) and was given "
-                    "no `sin` and `cos` to move its keys with. Bind it to the model first: `cache.bind(model)`."
+                    f"The `SinkCache` must evict ({total} tokens, `window_length` {window.length}) and was given no "
+                    "`sin` and `cos` to move its keys with. Bind it to the model first: `cache.bind(model)`."
                 )
             keys = torch.cat([keys[:, :, sinks], recent_keys], dim=-2)
             values = torch.cat([values[:, :, sinks], values[:, :, recent]], dim=-2)
@@ -2011,39 +2301,39 @@ class UnboundLayers:
             self._cos, self._sin = cos, sin
         elif self._cos is None:
             self._cos, self._sin = cos[0], sin[0]
-        elif self._cos.shape[0] < self.window_length:
+        elif self._cos.shape[0] < self.window.length:
             self._cos, self._sin = torch.cat([self._cos, cos[0]]), torch.cat([self._sin, sin[0]])
 
     def _move_back(self, keys: torch.Tensor, length: int, dtype: torch.dtype, cache_kwargs: dict) -> torch.Tensor:
-        """Turn `keys` back by `length` positions."""
+        """Rotate `keys` back by `length` positions."""
         if length not in self._back:
-            cos, sin = self._cos[: self.window_length].float(), self._sin[: self.window_length].float()
-            here, there = slice(self.num_sink_tokens + length, None), slice(self.num_sink_tokens, -length)
+            cos, sin = self._cos[: self.window.length].float(), self._sin[: self.window.length].float()
+            here, there = slice(self.window.num_sinks + length, None), slice(self.window.num_sinks, -length)
             self._back[length] = (
                 (cos[here] * cos[there] + sin[here] * sin[there]).to(dtype)[None],
                 (-sin[here] * cos[there] + cos[here] * sin[there]).to(dtype)[None],
             )
         cos, sin = self._back[length]
         rotary_dim = cache_kwargs.get("partial_rotation_size")
-        turning, still = (keys, None) if rotary_dim is None else (keys[..., :rotary_dim], keys[..., rotary_dim:])
-        half = turning.shape[-1] // 2
-        swapped = torch.cat([-turning[..., half:], turning[..., :half]], dim=-1)
-        turned = (turning * cos) + (swapped * sin)
-        return turned if still is None else torch.cat([turned, still], dim=-1)
+        rotating, still = (keys, None) if rotary_dim is None else (keys[..., :rotary_dim], keys[..., rotary_dim:])
+        half = rotating.shape[-1] // 2
+        swapped = torch.cat([-rotating[..., half:], rotating[..., :half]], dim=-1)
+        rotated = (rotating * cos) + (swapped * sin)
+        return rotated if still is None else torch.cat([rotated, still], dim=-1)
 
-    def select_rows(self, index: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `index[i]` was."""
-        self.keys = [keys.index_select(0, index.to(keys.device)) for keys in self.keys]
-        self.values = [values.index_select(0, index.to(values.device)) for values in self.values]
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `indices[i]` was."""
+        self.keys = [keys.index_select(0, indices.to(keys.device)) for keys in self.keys]
+        self.values = [values.index_select(0, indices.to(values.device)) for values in self.values]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The file of a conversation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys turn, the
+# A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys rotate, the
 # model's `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of
-# the cache, a JSON object with these fields.
+# the stream, a JSON object with these fields.
 FORMAT_VERSION = 1
 SAVED_NUMBERS = ("version", "window_length", "num_sink_tokens", "seen", "latest_end", "checksum")
 SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets", "has_evicted"}
@@ -2051,6 +2341,61 @@ SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets", "has_evicted
 FIELDS_OF_VERSIONS = {"version", "checksum"}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+OTHER_MODEL = (
+    "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
+    "the model that it was held with."
+)
+
+
+def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The state and the tensors that a file has of `stream`.
+
+    Raises:
+        ValueError: a tensor holds numbers that are not finite.
+    """
+    for ring in stream.rings:  # as the model made them, which is all that there is to know
+        ring.place_sinks([0])
+    stream.transcript.forget_from(stream.seen)
+    ids = stream.transcript.ids
+    tensors = {"fingerprint": stream.traits.fingerprint}
+    for layer_idx, rotation in enumerate(stream.traits.rotations):
+        if rotation is not None:
+            tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
+    if ids is not None and ids.numel() > 0:
+        tensors["latest_ids"] = ids
+    for layer_idx, layer in enumerate(stream.layers):
+        tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer_tensors(layer).items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise ValueError(f"The `SinkCache` can't be saved: its {name!r} holds numbers that are not finite.")
+    state = {
+        "version": FORMAT_VERSION,
+        "window_length": stream.window.length,
+        "num_sink_tokens": stream.window.num_sinks,
+        "seen": stream.seen,
+        "pads": stream.pads,
+        "padding_known": stream.padding_known,
+        "offsets": stream.offsets,
+        "has_evicted": stream.has_evicted,
+        "latest_end": stream.transcript.end if "latest_ids" in tensors else 0,
+    }
+    return state | {"checksum": _checksum(state, tensors)}, tensors
+
+
+def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Make a new `stream` what it was when it was packed to these."""
+    stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]
+    stream.has_evicted = state["has_evicted"]
+    stream.transcript = Transcript(tensors.get("latest_ids"), state["latest_end"])
+    for layer_idx, layer in enumerate(stream.layers):
+        held = {}
+        for name, tensor in tensors.items():
+            part, _, number = name.rpartition(".")
+            if number == str(layer_idx):
+                held[part] = tensor.to(device)
+        restore_layer(layer, held, state["seen"])
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -2068,7 +2413,7 @@ def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in a folder of its own, then put it in the place of the file at `path`, if there is one.
 
     By itself safetensors writes over that file, which a kill would lose. From 0.8 on it replaces the file, but with one
@@ -2154,7 +2499,7 @@ def _require(holds: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
-def _read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
+def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
     """The state (JSON) and the tensors that `SinkCache.save` wrote to `path`.
 
     Raises:
@@ -2180,7 +2525,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The state in a file's metadata, if there is nothing wrong with it.
 
     Raises:
@@ -2230,6 +2575,12 @@ def _checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any
     for name in ("padding_known", "has_evicted"):
         _require(isinstance(state[name], bool), f"its `{name}` must be true or false, got {state[name]!r}")
     _require(known or pads == [0], f"its `pads` must be [0] where `padding_known` is false, got {pads}")
+    _refuse_damaged_ids(state, tensors.get("latest_ids"))
+    fingerprint = tensors.get("fingerprint")
+    _require(
+        fingerprint is not None and fingerprint.dtype == torch.float32 and _is_finite(fingerprint),
+        "its `fingerprint` must be there, in float32, and finite",
+    )
     return state
 
 
@@ -2248,43 +2599,51 @@ def _refuse_damaged_ids(state: dict[str, Any], ids: Optional[torch.Tensor]) -> N
         )
 
 
-@torch.no_grad()
-def _layout(cache: SinkCache) -> list[dict[str, torch.Size]]:
-    """The names and shapes of what each layer of a new, bound cache holds after one token, which it forgets again."""
-    model = cache._model()
-    model(**cache.prepare_inputs(_some_tokens(model, 1)[:1]), use_cache=True)
-    layout = [{name: tensor.shape for name, tensor in _tensors(layer).items()} for layer in cache.layers]
-    cache.reset()
-    return layout
+def refuse_other_tensors(
+    state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    stream: Stream,
+    fingerprint: torch.Tensor,
+    layout: list[dict[str, torch.Size]],
+) -> None:
+    """Raise unless the `tensors` of a file can be unpacked in a new `stream`.
+
+    Args:
+        state: of the file, checked.
+        fingerprint: of the model, as it is now.
+        layout: for each layer, the names and shapes of what it holds after one token of one row.
+    """
+    if not are_alike(fingerprint, tensors["fingerprint"]):
+        raise ValueError(OTHER_MODEL)
+    _refuse_other_frequencies(state, tensors, stream.traits.rotations)
+    _refuse_damaged_layers(state, tensors, layout, stream.layers)
+    _require(
+        state.get("checksum") in (None, _checksum(state, tensors)),
+        "something in it was changed after it was written: its checksum is another",
+    )
 
 
 def _refuse_other_frequencies(
-    cache: SinkCache, state: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`tensors` of a file without the frequencies; raise unless those are what the keys of `cache` turn by."""
+    state: dict[str, Any], tensors: dict[str, torch.Tensor], rotations: list[Optional[Rotation]]
+) -> None:
+    """Raise unless the frequencies in a file are those of the model's `rotations`."""
     named = {name: tensor for name, tensor in tensors.items() if name.startswith("frequencies.")}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in named}
     if not named and "checksum" not in state:  # until there were versions, files had none
-        return rest
-    turning = {
-        f"frequencies.{layer_idx}": rotation
-        for layer_idx, rotation in enumerate(cache._rotations)
-        if rotation is not None
-    }
-    layers = {f"frequencies.{layer_idx}" for layer_idx in range(len(cache._rotations))}
-    missing, unknown = sorted(turning.keys() - named.keys()), sorted(named.keys() - layers)
+        return
+    names = [f"frequencies.{layer_idx}" for layer_idx in range(len(rotations))]
+    rotating = {name: rotation for name, rotation in zip(names, rotations) if rotation is not None}
+    missing, unknown = sorted(rotating.keys() - named.keys()), sorted(named.keys() - set(names))
     _require(not missing, f"it lacks {', '.join(missing)}")
     _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
-    for name, rotation in turning.items():
+    for name, rotation in rotating.items():
         held, needed = named[name], list(rotation.frequencies.shape)
         _require(
             held.dtype == torch.float64 and list(held.shape) == needed and _is_finite(held),
             f"its {name} must be {needed} finite numbers in float64, got {list(held.shape)} in {held.dtype}",
         )
-    rotations = [replace(rotation, frequencies=named[name]) for name, rotation in turning.items()]
-    if named.keys() != turning.keys() or not _turn_alike(rotations, list(turning.values())):
+    held = [replace(rotation, frequencies=named[name]) for name, rotation in rotating.items()]
+    if named.keys() != rotating.keys() or not rotate_alike(held, list(rotating.values())):
         raise ValueError(OTHER_MODEL)
-    return rest
 
 
 def _refuse_damaged_layers(
@@ -2297,12 +2656,13 @@ def _refuse_damaged_layers(
         media = [f"{name}.{layer_idx}" for name in ("keys", "values")]
         if not shapes and not tensors.keys().isdisjoint(media):  # a layer for images, and there were some
             expected |= dict.fromkeys(media)
-    held = tensors.keys() - {"fingerprint", "latest_ids"}
+    held = {name for name in tensors.keys() - {"fingerprint", "latest_ids"} if not name.startswith("frequencies.")}
     missing, unknown = sorted(expected.keys() - held), sorted(held - expected.keys())
     _require(not missing, f"it lacks {', '.join(missing)}")
     _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
 
-    rows = {name: len(tensor) if tensor.dim() > 0 else 0 for name, tensor in tensors.items() if name != "fingerprint"}
+    batched = {name: tensors[name] for name in (*held, "latest_ids") if name in tensors}
+    rows = {name: len(tensor) if tensor.dim() > 0 else 0 for name, tensor in sorted(batched.items())}
     _require(len({*rows.values()}) == 1, f"its tensors must be of as many rows, got {rows}")
     batch_size = next(iter(rows.values()))
     num_pads = len(state["pads"])
@@ -2327,451 +2687,799 @@ def _refuse_damaged_layers(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the model is given
+# SinkCache: the cache that transformers and users see
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Inputs with an entry for each token, and the dimension in which they have it.
-PER_TOKEN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
-PER_TOKEN_INPUTS |= {"position_ids": -1, "cache_position": -1}
+
+class _ModelReference(weakref.ref):
+    """Does not keep its model alive, and stays behind when the cache goes to another process."""
+
+    def __deepcopy__(self, memo: dict) -> "_ModelReference":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+class Use:
+    """The use of a cache by one call of `generate`, in the thread that makes it."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+
+_claiming = threading.Lock()  # held while a call takes a cache into use
+
+
+class SinkCache(Cache):
+    """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
+
+    *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
+    `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
+    before the oldest of these. `get_seq_length()` is the number of tokens seen. That holds for layers with full
+    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them.
+
+    *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
+    `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
+    tokens stored. Without `sin` and `cos`, it refuses to evict.
+
+    All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
+    calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
+    the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
+    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length, and
+    going on with rows that were padded or shifted back. What the cache can't see there, and is wrong: one row that is
+    padded, and `position_ids` other than the model's own.
+
+    What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
+    into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
+
+    Args:
+        window_length (`int`, defaults to 256): the most tokens kept, sinks included.
+        num_sink_tokens (`int`, defaults to 4): how many of them are the first of the sequence.
+
+    Attributes:
+        layers (`list`): the layers of a bound cache.
+        key_cache, value_cache (`list[torch.Tensor]`): a tensor a layer, `[batch, kv_heads, tokens kept, head_dim]`; in
+            order of the sequence if unbound, and by slots if bound.
+
+    Raises:
+        TypeError: an argument is no integer.
+        ValueError: not `0 <= num_sink_tokens < window_length`.
+    """
+
+    is_compileable = False  # but in `generate`, which prepares each step: see `StreamedCall`
+
+    def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
+        window = checked_window(window_length, num_sink_tokens)
+        init_cache(self)
+        self._model: Optional[_ModelReference] = None
+        self._use: Optional[Use] = None
+        self._hold(UnboundLayers(window))
+
+    def _hold(self, held: Union[Stream, UnboundLayers]) -> None:
+        """Keep tokens in `held` from now on: a stream if the cache is bound."""
+        self.held, self.layers = held, held.layers
+
+    def reset(self) -> None:
+        """Forget all tokens; a bound cache stays bound."""
+        self._refuse_other_thread()
+        self._hold(self.held.renewed())
+
+    def bind(self, model: PreTrainedModel) -> "SinkCache":
+        """Read the rotation of every layer off `model`, and stream from now on.
+
+        Args:
+            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
+                it is, and nothing is changed on it; the cache does not keep it alive.
+
+        Returns:
+            This cache.
+
+        Raises:
+            ValueError: the cache is bound to another model, one whose keys and values are others; it holds tokens that
+                it took in unbound, or whose keys `model` has since come to rotate otherwise; or `model` can't be
+                streamed.
+        """
+        model = unwrapped(model)
+        self._refuse_other_thread()
+        seen, window = self.get_seq_length(), self.held.window
+        if not self.is_bound and seen > 0:
+            raise ValueError(
+                f"The `SinkCache` in `past_key_values` was not bound when it took in its {seen} tokens. Call "
+                "`bind(model)` before the first token, or `reset()` it."
+            )
+        bound_to = self._bound_model
+        if bound_to is not model:
+            refuse_model(model, window)
+        device = model.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            traits = read_model(model)
+        held_traits = self.held.traits if self.is_bound else None
+        if bound_to is model and traits.rotations is held_traits.rotations:
+            return self
+        refuse_size(window, traits)
+        layers = make_layers(model, window, traits)
+        ceiling = position_ceiling(window, traits, layers)
+        read_further(model, traits, window.length, ceiling - 1)
+        if self.is_bound and bound_to is not model and not are_alike(traits.fingerprint, held_traits.fingerprint):
+            raise ValueError(
+                OTHER_MODEL
+                if bound_to is None
+                else "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
+                "nothing to this one. Use a `SinkCache` for each model."
+            )
+        if seen > 0 and not rotate_alike(traits.rotations, held_traits.rotations):
+            raise ValueError(
+                f"`model` rotates its keys otherwise than for the {seen} tokens that the `SinkCache` in "
+                "`past_key_values` holds, with which new ones would not fit together: its rotary embeddings are "
+                "others. `reset()` it, or use a new one."
+            )
+        if seen > 0:
+            self.held.rebind(traits, layers, ceiling)
+        else:
+            self._hold(Stream(window, traits, layers, ceiling))
+        self._model = _ModelReference(model)
+        return self
+
+    @property
+    def _bound_model(self) -> Optional[PreTrainedModel]:
+        """The model that the cache is bound to, if it is still there, and in this process."""
+        return None if self._model is None else self._model()
+
+    @property
+    def window_length(self) -> int:
+        """The most tokens kept, sinks included."""
+        return self.held.window.length
+
+    @property
+    def num_sink_tokens(self) -> int:
+        """How many of the tokens kept are the first of the sequence."""
+        return self.held.window.num_sinks
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `bind` was called, if only in the process that this conversation comes from."""
+        return isinstance(self.held, Stream)
+
+    @property
+    def key_cache(self) -> list[torch.Tensor]:
+        return self.held.keys
+
+    @property
+    def value_cache(self) -> list[torch.Tensor]:
+        return self.held.values
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of the batch held, -1 if it holds nothing yet."""
+        return self.held.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache's tensors take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.held.tensors())
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        cache_kwargs: Optional[dict[str, Any]] = None,
+        *args,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in the keys and values of new tokens; return those that the new tokens attend to.
+
+        Args:
+            key_states: `[batch, kv_heads, length, head_dim]`, rotated to their positions by the model.
+            value_states: `[batch, kv_heads, length, value_head_dim]`.
+            layer_idx: the layer that they are of.
+            cache_kwargs: for an unbound cache: `sin` and `cos`, `[length, rotary_dim]` of the whole window or
+                `[1, length, rotary_dim]` of the new tokens, and `partial_rotation_size`, how many leading dimensions
+                rotate if not all do.
+
+        Returns:
+            Keys and values with the tokens attended to in dimension 2.
+
+        Raises:
+            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
+                one was called without its `prepare_inputs` where it needs them.
+        """
+        self._refuse_other_thread()
+        return self.held.update(key_states, value_states, layer_idx, cache_kwargs, *args, **kwargs)
+
+    def prepare_inputs(self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None) -> dict[str, Any]:
+        """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
+
+        Args:
+            input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
+                same. If they evict some, attention sees `length * num_sink_tokens` keys more: pass a long prompt by a
+                few.
+            attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
+                each row has at least one of. Not needed without padding, or again.
+
+        Returns:
+            `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
+            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other.
+
+        Raises:
+            ValueError: the cache is not bound, or the arguments don't fit to what it holds.
+        """
+        model = self._bound_model
+        if model is None:
+            raise ValueError(
+                "The `SinkCache` must be bound first, to a model that is still there: `cache.bind(model)`."
+            )
+        self._refuse_other_thread()
+        stream = self.held
+        stream.settle()
+        start, (batch_size, length) = stream.seen, input_ids.shape
+        needed = [batch_size, start + length]
+        if attention_mask is not None and list(attention_mask.shape) != needed:
+            raise ValueError(
+                f"`attention_mask` must be {needed}, for {start} tokens seen and {length} new ones, got "
+                f"{list(attention_mask.shape)}."
+            )
+        at_once = stream.most_at_once(start)
+        if length > at_once:
+            raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
+        stream.begin(batch_size, stream.pads if start > 0 and attention_mask is None else left_padding(attention_mask))
+        inputs = {"input_ids": input_ids, "attention_mask": None, "past_key_values": self}
+        return stream.inputs_for_step(model, inputs)
+
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        """Tokens seen, padding included, if bound; tokens stored if not."""
+        return self.held.seq_length(layer_idx)
+
+    def get_max_length(self, *args, **kwargs) -> int:
+        """The most tokens kept: `window_length`."""
+        return self.window_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int = 0) -> tuple[int, int]:
+        """The number of keys that `update` will return, and the column that the first of them counts as."""
+        self._refuse_other_thread()
+        return self.held.mask_sizes(sizes, layer_idx)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what row `beam_idx[i]` was: int64 `[batch]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
+        self._refuse_other_thread()
+        self.held.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        rows = torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens: Optional[int] = None, **named: int) -> None:
+        """Take back the latest tokens: as far as nothing was evicted, and past that those of the last update.
+
+        After `activate_past_recording`, all tokens since the last `crop` can be taken back.
+
+        Args:
+            tokens: in the convention of the release. If negative, how many columns (tokens, padding included) to
+                forget. If positive, how many to keep. 0 is nothing to forget where transformers calls the argument
+                `tokens_to_remove`, and nothing to keep where it is `max_length`. Both names are taken.
+
+        Raises:
+            TypeError: not one int was given.
+            ValueError: what the tokens evicted is gone, a row would be left without a token, or the cache is not bound
+                or has layers that can't take tokens back. Nothing is lost then.
+        """
+        self._refuse_other_thread()
+        if tokens is not None or len(named) != 1 or not named.keys() <= {"tokens_to_remove", "max_length"}:
+            if tokens is None or named:
+                raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
+            named = {CROP_ARGUMENT: tokens}
+        ((name, tokens),) = named.items()
+        tokens = integer(name, tokens)  # assisted decoding of some releases counts in a tensor
+        if not self.is_bound or not self.held.can_take_back:
+            raise ValueError(
+                "A `SinkCache` can be cropped only if bound to a model with full attention in every layer, or where "
+                "transformers lets the layers that slide take tokens back, after `activate_past_recording()`. Got "
+                f"`{name}` {tokens}."
+            )
+        stream = self.held
+        stream.settle()
+        seen, padding = stream.seen, max(stream.pads)
+        end = tokens if tokens > 0 or (tokens == 0 and name == "max_length") else seen + tokens
+        if end >= seen and seen > 0:
+            end = seen  # there is nothing to forget, which settles what was recorded
+        if end < seen and end <= padding:
+            if end == 0:
+                self.reset()
+                return
+            raise ValueError(
+                f"`{name}` must leave a token of each row, {padding + 1} columns or more, got {tokens} of {seen}. To "
+                "forget all of them, `reset()` it."
+            )
+        if end < seen - stream.num_removable:
+            raise ValueError(
+                f"`{name}` can forget {stream.num_removable} of the {seen} tokens seen, got {tokens}: what those "
+                f"before evicted from the window of {self.window_length} is gone. `reset()` it and pass the "
+                "conversation anew."
+            )
+        stream.take_back(end)
+
+    def activate_past_recording(self) -> None:
+        """Keep what tokens evict until `crop` is called, not only what those of the last update did.
+
+        At most a window of it is kept. Assisted decoding of transformers calls this in newer releases.
+        """
+        if self.is_bound:
+            self.held.record_past = True
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Write the conversation held to one safetensors file, from which `load` goes on in any process.
+
+        A file that is there is replaced at once, by one of the same mode: whatever ends this, also a kill, either the
+        old conversation is there or the new one. What a kill leaves beside it, a folder `.sink_cache-*`, the next
+        `save` in the same folder removes.
+
+        Raises:
+            ValueError: the cache is not bound, empty, in use, holds numbers that are not finite, or was left in the
+                middle of a forward pass by an error.
+            OSError: `path` can't be written.
+        """
+        if not self.is_bound or self.get_seq_length() == 0:
+            raise ValueError("Only a bound `SinkCache` that holds tokens can be saved.")
+        self._refuse_other_thread()
+        stream, model = self.held, self._bound_model
+        stream.settle()
+        if model is not None:
+            stream.traits = replace(stream.traits, fingerprint=read_fingerprint(model))
+        state, tensors = pack(stream)
+        write_file(path, tensors, {"sink_cache": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
+        """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
+
+        `model` is run on a few tokens, for what its layers hold; nothing is changed on it.
+
+        Raises:
+            ValueError: `path` is no such file, or a damaged one, of a newer format, or of a conversation with another
+                model. It names the path, and says which it is.
+            OSError: `path` can't be read.
+        """
+        text, tensors = read_file(path)
+        try:
+            state = checked_state(text, tensors)
+            cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
+            model = cache._bound_model
+            refuse_other_tensors(state, tensors, cache.held, read_fingerprint(model), cache._layout())
+        except ValueError as error:
+            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
+        unpack(cache.held, state, tensors, input_device(model))
+        return cache
+
+    @torch.no_grad()
+    def _layout(self) -> list[dict[str, torch.Size]]:
+        """For each layer, the names and shapes of what a new cache holds after one token, which is forgotten again."""
+        model = self._bound_model
+        model(**self.prepare_inputs(some_tokens(model, 1)[:1]), use_cache=True)
+        layout = [{name: tensor.shape for name, tensor in layer_tensors(layer).items()} for layer in self.layers]
+        self.reset()
+        return layout
+
+    # One call at a time
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_other_thread()  # of whose work a copy would have half a step
+        return vars(self) | {"_use": None}
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the cache for the block, which is one call of `generate`; raise if another call has it."""
+        use = Use()
+        try:
+            with _claiming:
+                if self._use is None:
+                    self._use = use
+            if self._use is not use:
+                self._refuse_use()
+            yield
+        finally:
+            if self._use is use:
+                self._use = None
+
+    def _refuse_other_thread(self) -> None:
+        """Raise if a call of `generate` in another thread has this cache in use."""
+        if torch.compiler.is_compiling():  # in the call's own thread, and compiled code can't ask for it
+            return
+        use = self._use
+        if use is not None and use.thread != threading.get_ident():
+            self._refuse_use()
+
+    def _refuse_use(self) -> None:
+        raise ValueError(
+            "The `SinkCache` in `past_key_values` is in use by another call of `generate`, which goes on. Wait until "
+            "that has ended, or use a cache for each call."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One call of `generate`
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Settings of a generation that are served here, or that a model's files ask for and `past_key_values` replaces.
+SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
 
 # What `generate` appends to at each step, beside its ids and the mask.
 GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 
 
-def _stand_in(module: torch.nn.Module) -> Any:
+def shared(module: torch.nn.Module) -> Any:
     """An object that shares all of `module`: what is set on it is not set on the module."""
     stand_in = object.__new__(type(module))
     stand_in.__dict__.update(module.__dict__)
     return stand_in
 
 
-def _streaming(
-    model: PreTrainedModel,
-    cache: SinkCache,
-    prefill_chunk_size: Optional[int],
-    prefill_progress: bool,
-    synced: bool,
-) -> PreTrainedModel:
-    """A stand-in for `model` for the length of one call: it shares all of it and prepares its inputs for `cache`.
+def copied_with(config: Any, **settings) -> Any:
+    """`config`, or where that changes it a copy, with these attributes."""
+    if any(getattr(config, name, None) != value for name, value in settings.items()):
+        config = copy.deepcopy(config)
+        for name, value in settings.items():
+            setattr(config, name, value)
+    return config
 
-    `synced` is for a `SyncedRank`.
 
-    Every decoding loop of transformers passes by `prepare_inputs_for_generation`. The stand-in has its own, so nothing
-    is set on the model: calls from other threads can't meet this one's, and nothing has to be undone after an error.
+class StreamedCall:
+    """One call of `generate`: a stand-in for the model, which prepares its inputs for a cache.
+
+    Every decoding loop of transformers passes by some methods of the model. The stand-in shares all of the model but
+    these, which are the methods of the same names here. So nothing is set on the model: calls from other threads can't
+    meet this one's, and nothing has to be undone after an error.
+
+    Args:
+        model: the model, which `cache` is bound to.
+        cache: in use by this call alone.
+        chunk_size: `prefill_chunk_size` of `generate`.
+        progress: whether to show a progress bar while a long prompt goes in.
+
+    Attributes:
+        stand_in: what the decoding loop runs on.
+        stream: the cache at work.
+        columns, columns_not_passed: of the conversation, as the loop was given it; see `prompt_columns`.
+        mask_given: whether its mask was given with it.
+        embeddings: its `inputs_embeds`, if there are some.
+        prompt_is_next: whether the loop has yet to prepare its first inputs.
+        compiled: whether the loop compiles its steps.
+        handed_on: whether the cache has come to transformers' own `generate`, by one of the model's class perhaps.
     """
-    stand_in = _stand_in(model)
-    # A model loaded from a repository that carries this file has `generate` below in its own place.
-    stand_in.__dict__.pop("generate", None)
-    stand_in.__dict__ |= {"_streamed": (model, cache), "_handed_on": False}
-    prepare_model, prepare = model._prepare_model_inputs, model.prepare_inputs_for_generation
-    prepare_length, get_criteria = model._prepare_generated_length, model._get_stopping_criteria
-    update, criteria = model._update_model_kwargs_for_generation, model._valid_auto_compile_criteria
-    begun = compiled = False
-    # Of the conversation: its columns, those before the ids, whether its mask came with them, and its embeddings.
-    columns, left_out, mask_given, embeddings = 0, 0, False, None
 
-    def prepare_model_inputs(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
-        """As ever. It is the first that sees what the loop was given, by a `generate` of the model's own perhaps."""
-        nonlocal begun, columns, left_out, mask_given, embeddings
-        if model_kwargs.get("past_key_values") is cache:
-            columns, left_out, end = _columns_in_common(cache, {"inputs": inputs} | model_kwargs)
-            if end < cache.get_seq_length():
-                cache.crop(max_length=end)
-            stand_in._handed_on = True
-            embeddings = model_kwargs.get("inputs_embeds")
-            begun, mask_given = False, model_kwargs.get("attention_mask") is not None
-        return prepare_model(inputs, bos_token_id, model_kwargs)
+    REPLACED = (
+        "_prepare_model_inputs",
+        "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+        "_prepare_generated_length",
+        "_get_stopping_criteria",
+        "_valid_auto_compile_criteria",
+        "get_compiled_call",
+    )
 
-    @functools.wraps(prepare)  # transformers looks up the arguments that it takes
-    def prepare_inputs_for_generation(input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
-        nonlocal begun
-        if kwargs.get("past_key_values") is not cache:  # a generation within this one, as token healing does
-            return prepare(input_ids, *args, **kwargs)
-        start, end = cache.get_seq_length(), left_out + input_ids.shape[1]
-        prompt, begun = not begun, True
-        cache.static = compiled and not prompt
-        if prompt:
-            _begin(cache, len(input_ids), _left_padding(kwargs.get("attention_mask"), mask_given))
-            _refuse_other_conversation(cache, input_ids, end)
-        elif kwargs.get("position_ids") is None:  # until 5.3, made of the mask that `update_model_kwargs` takes away
-            positions = _natural_positions(cache, end - start)
-            kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
-        cache.latest_ids, cache.latest_end = input_ids, end
-        _count_columns(kwargs, start, end, input_ids.device)
-        if prompt and embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
-            new = embeddings[:, start - end :]
-            kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
-            kwargs["next_sequence_length"] = end - start
-        inputs = prepare(input_ids, *args, **kwargs)
-        # Some start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
-        if inputs.get("past_key_values") is not cache or _new_tokens(inputs).shape[1] > end - start:
-            inputs = _cut(inputs, slice(start - end, None)) | {"past_key_values": cache}
-        if not prompt:
-            return _inputs_for_step(stand_in, cache, inputs)
-        # The logits of a draft, which assisted decoding appends to the prompt, and of the token before it are needed.
-        chunks = _chunks(model, cache, _new_tokens(inputs).shape[1], prefill_chunk_size, least_last=end - columns + 1)
-        _refuse_media(inputs, chunks)
-        _refuse_other_positions(cache, inputs.get("position_ids"))
-        idle_passes = rank.idle_passes(len(chunks), input_ids.device) if rank else 0
-        recording = cache.record_past
-        cache.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
-        for chunk in transformers.logging.tqdm(chunks[:-1], desc="prompt", unit="chunk", disable=not prefill_progress):
-            stand_in(**_inputs_for_step(stand_in, cache, _cut(inputs, chunk)), return_dict=True)
-        for _ in range(idle_passes):
-            stand_in(**rank.idle_inputs(input_ids), return_dict=True)
-        cache.record_past = recording
-        return _inputs_for_step(stand_in, cache, _cut(inputs, chunks[-1]))
+    def __init__(
+        self, model: PreTrainedModel, cache: SinkCache, chunk_size: Optional[int] = None, progress: bool = False
+    ):
+        self.model, self.cache, self.chunk_size, self.progress = model, cache, chunk_size, progress
+        self.stand_in = shared(model)
+        # A model loaded from a repository that carries this file has `generate` below in its own place.
+        vars(self.stand_in).pop("generate", None)
+        vars(self.stand_in)["_streamed_call"] = self
+        for name in self.REPLACED:
+            vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
+        self.columns = self.columns_not_passed = 0
+        self.mask_given, self.embeddings = False, None
+        self.prompt_is_next = True
+        self.compiled = self.handed_on = False
 
-    def update_model_kwargs(*args, **kwargs) -> dict[str, Any]:
-        """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
-        kwargs = update(*args, **kwargs)
-        if kwargs.get("past_key_values") is not cache:
-            return kwargs
-        kwargs.pop("attention_mask", None)
-        growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
-        return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
+    @staticmethod
+    def _in_place_of(method: Callable, ours: Callable) -> Callable:
+        """`ours`, with the signature of `method`, in which transformers looks up the arguments that it takes."""
 
-    def prepare_generated_length(generation_config: Any, input_ids_length: int, **kwargs) -> Any:
+        @functools.wraps(method)
+        def call(*args, **kwargs) -> Any:
+            return ours(*args, **kwargs)
+
+        return call
+
+    @property
+    def stream(self) -> Stream:
+        return self.cache.held
+
+    def decode(self, loop: Callable, kwargs: dict[str, Any]) -> Any:
+        """Run the decoding `loop` on the stand-in, which is of no use afterwards."""
+        self.stand_in.generation_config = copied_with(self.stand_in.generation_config, **SERVED)
+        recorded = self.stream.record_past
+        try:
+            output = loop.__get__(self.stand_in)(past_key_values=self.cache, **kwargs)
+            if not self.handed_on:
+                raise ValueError(
+                    f"`model` ({type(self.model).__name__}) has a `generate` of its own that did not hand "
+                    "`past_key_values` on to that of transformers, so nothing was streamed. Have it pass on the "
+                    "arguments that it doesn't know."
+                )
+            return output
+        finally:
+            stream = self.stream
+            stream.record_past = recorded
+            stream.leave_compiled_steps()
+            stream.transcript.forget_from(stream.seen)
+            stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
+            vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
+
+    # The methods that stand in place of the model's, in the order in which a loop calls them
+
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
+        """As ever. It is the first to see what the loop was given, by a `generate` of the model's own perhaps."""
+        if model_kwargs.get("past_key_values") is self.cache:
+            given = {"inputs": inputs} | model_kwargs
+            self.columns, self.columns_not_passed, _ = prompt_columns(given)
+            end = self.stream.end_in_common(given)
+            if end < self.stream.seen:
+                self.stream.take_back(end)
+            self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
+            self.prompt_is_next = self.handed_on = True
+        return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs) -> Any:
         """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
         length = generation_config.max_length
-        config = prepare_length(generation_config=generation_config, input_ids_length=input_ids_length, **kwargs)
+        config = self.model._prepare_generated_length(
+            generation_config=generation_config, input_ids_length=input_ids_length, **kwargs
+        )
         if kwargs["has_default_max_length"] and config.max_new_tokens is None and config.max_length > length:
             config.max_length = length + input_ids_length
         return config
 
-    def get_stopping_criteria(*args, **kwargs) -> list:
+    def _get_stopping_criteria(self, *args, **kwargs) -> list:
         """As ever, without the warning that quality degrades past a length: the positions of a stream are bounded."""
-        given, criteria = kwargs.get("stopping_criteria") or [], get_criteria(*args, **kwargs)
+        given = kwargs.get("stopping_criteria") or []
+        criteria = self.model._get_stopping_criteria(*args, **kwargs)
         for criterion in criteria:
             if isinstance(criterion, transformers.MaxLengthCriteria) and not any(criterion is its for its in given):
                 criterion.max_position_embeddings = None
         return criteria
 
-    def valid_auto_compile_criteria(model_kwargs: dict[str, Any], *args) -> bool:
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], *args) -> bool:
         """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
-        nonlocal compiled
-        cache.is_compileable = _is_compileable(model, cache)
+        self.cache.is_compileable = (
+            CAN_COMPILE
+            and self.stream.has_sinks_only
+            and takes_masks(self.model)
+            and getattr(self.model, "_can_compile_fullgraph", True)
+        )
         try:
-            valid = criteria(model_kwargs, *args)
+            valid = self.model._valid_auto_compile_criteria(model_kwargs, *args)
         finally:
-            cache.is_compileable = False
-        compiled = valid and model_kwargs.get("past_key_values") is cache
+            self.cache.is_compileable = False
+        self.compiled = valid and model_kwargs.get("past_key_values") is self.cache
         return valid
 
-    def get_compiled_call(compile_config: Any) -> Callable:
-        call = type(model).get_compiled_call(stand_in, compile_config)
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """As ever, but what compiled code leaves out is done after it."""
+        call = type(self.model).get_compiled_call(self.stand_in, compile_config)
 
         @functools.wraps(call)
         def compiled_call(**inputs) -> Any:
             outputs = call(**inputs)
-            if inputs.get("past_key_values") is cache:
-                cache.count_compiled_token()
+            if inputs.get("past_key_values") is self.cache:
+                self.stream.count_compiled_token()
             return outputs
 
         return compiled_call
 
-    stand_in._prepare_model_inputs = prepare_model_inputs
-    stand_in.prepare_inputs_for_generation = prepare_inputs_for_generation
-    stand_in._update_model_kwargs_for_generation = update_model_kwargs
-    stand_in._prepare_generated_length = prepare_generated_length
-    stand_in._get_stopping_criteria = get_stopping_criteria
-    stand_in._valid_auto_compile_criteria = valid_auto_compile_criteria
-    stand_in.get_compiled_call = get_compiled_call
-    rank = SyncedRank(stand_in) if synced else None
-    return stand_in
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
+        if kwargs.get("past_key_values") is not self.cache:  # a generation within this one, as token healing does
+            return self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        stream, is_prompt = self.stream, self.prompt_is_next
+        start, end = stream.seen, self.columns_not_passed + input_ids.shape[1]
+        self.prompt_is_next, stream.in_compiled_step = False, self.compiled and not is_prompt
+        if is_prompt:
+            stream.begin(len(input_ids), left_padding(kwargs.get("attention_mask"), self.mask_given))
+            stream.refuse_other_ids(input_ids, end)
+        elif kwargs.get("position_ids") is None:  # 5.3 makes them of the mask, which is taken away after each step
+            positions = stream.natural_positions(end - start)
+            kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
+        stream.transcript = Transcript(input_ids, end)
+        set_columns(kwargs, start, end, input_ids.device)
+        if is_prompt and self.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
+            new = self.embeddings[:, start - end :]
+            kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
+            kwargs["next_sequence_length"] = end - start
+        inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        # Some models start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
+        if inputs.get("past_key_values") is not self.cache or new_tokens(inputs).shape[1] > end - start:
+            inputs = slice_inputs(inputs, slice(start - end, None)) | {"past_key_values": self.cache}
+        if is_prompt:
+            inputs = self._last_chunk(inputs, new_columns=end - self.columns)
+        return stream.inputs_for_step(self.stand_in, inputs)
+
+    def _last_chunk(self, inputs: dict[str, Any], new_columns: int) -> dict[str, Any]:
+        """Run the model on all of a prompt but its last chunk; the inputs of that.
+
+        Args:
+            new_columns: how many columns the loop itself has appended, as the draft of assisted decoding. It needs the
+                logits of these and of the token before them, so they come in one chunk.
+        """
+        stream, length = self.stream, new_tokens(inputs).shape[1]
+        chunks = stream.chunks(length, takes_masks(self.model), self.chunk_size, least_last=new_columns + 1)
+        refuse_media(inputs, chunks)
+        stream.refuse_other_positions(inputs.get("position_ids"))
+        recording = stream.record_past
+        stream.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
+        self._prefill(inputs, chunks[:-1])
+        stream.record_past = recording
+        return slice_inputs(inputs, chunks[-1])
+
+    def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
+        """Run the model on these chunks of its inputs."""
+        for chunk in transformers.logging.tqdm(chunks, desc="prompt", unit="chunk", disable=not self.progress):
+            chunk_inputs = self.stream.inputs_for_step(self.stand_in, slice_inputs(inputs, chunk))
+            self.stand_in(**chunk_inputs, return_dict=True)
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
+        kwargs = self.model._update_model_kwargs_for_generation(*args, **kwargs)
+        if kwargs.get("past_key_values") is not self.cache:
+            return kwargs
+        kwargs.pop("attention_mask", None)
+        growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
+        return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
 
 
-class SyncedRank:
-    """One of several processes that generate with one distributed model, each its own text (`synced_gpus`).
+class SyncedCall(StreamedCall):
+    """A call of one of several processes that generate with one distributed model, each its own text (`synced_gpus`).
 
     FSDP and DeepSpeed ZeRO-3 collect a layer's weights from all ranks whenever it runs, so all ranks must run as many
     forward passes. A rank that has no more to do runs *idle* ones until all are finished: one token for each row, with
     a cache that is thrown away. By itself transformers has it go on in its own cache, with tokens that were seen.
-
-    Args:
-        stand_in: the rank's model for one call of `generate`. Its methods are replaced by those that know idle passes.
     """
 
-    def __init__(self, stand_in: PreTrainedModel):
-        self.stand_in = stand_in
-        self.finished = False  # whether this rank only waits for others
-        self._has_unfinished_sequences = stand_in._has_unfinished_sequences
-        self._get_compiled_call = stand_in.get_compiled_call
-        stand_in._has_unfinished_sequences = self.has_unfinished_sequences
-        stand_in.get_compiled_call = self.get_compiled_call
-        stand_in.prepare_inputs_for_generation = self._unless_finished(
-            stand_in.prepare_inputs_for_generation, self.idle_inputs
-        )
-        stand_in._update_model_kwargs_for_generation = self._unless_finished(
-            stand_in._update_model_kwargs_for_generation, self.same_model_kwargs
-        )
+    REPLACED = (*StreamedCall.REPLACED, "_has_unfinished_sequences")
+    finished = False  # whether this rank only waits for others
 
-    def _unless_finished(self, method: Callable, idle: Callable) -> Callable:
-        """`method`, or `idle` in its place once this rank is finished."""
-
-        @functools.wraps(method)  # transformers looks up the arguments that it takes
-        def call(*args, **kwargs) -> Any:
-            return idle(*args, **kwargs) if self.finished else method(*args, **kwargs)
-
-        return call
-
-    def has_unfinished_sequences(self, this_peer_finished: "torch.Tensor | bool", *args, **kwargs) -> bool:
+    def _has_unfinished_sequences(self, this_peer_finished: Union[torch.Tensor, bool], *args, **kwargs) -> bool:
         """As ever: whether any rank has to go on. That is when this one may be finished before others."""
-        unfinished = self._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
+        unfinished = self.model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
         self.finished = unfinished and bool(this_peer_finished)
         return unfinished
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
+        if self.finished:
+            return self._idle_inputs(input_ids)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     def get_compiled_call(self, compile_config: Any) -> Callable:
         """As ever, but idle passes are not compiled: their cache grows by itself."""
-        return self._unless_finished(self._get_compiled_call(compile_config), self.stand_in.__call__)
+        compiled_call = super().get_compiled_call(compile_config)
 
-    def idle_inputs(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
-        """The model's inputs for an idle pass of as many rows as `input_ids`: its output means nothing."""
-        tokens = input_ids.new_zeros(len(input_ids), 1)
-        cache = _own_cache(self.stand_in.config)
-        return {
-            "input_ids": tokens,
-            "position_ids": torch.zeros_like(tokens),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
+        @functools.wraps(compiled_call)
+        def call(**inputs) -> Any:
+            return self.stand_in(**inputs) if self.finished else compiled_call(**inputs)
 
-    def same_model_kwargs(self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> dict[str, Any]:
+        return call
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> dict[str, Any]:
         """After an idle pass nothing has changed."""
-        return model_kwargs
+        if self.finished:
+            return model_kwargs
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def idle_passes(self, passes: int, device: torch.device) -> int:
-        """How many idle passes this rank adds to the `passes` of its prompt, so that it has as many as any other."""
-        most = torch.tensor(passes, dtype=torch.long, device=device)
+    def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
+        """As ever, and then idle passes, so that this rank has as many passes as any other."""
+        tokens, passes = new_tokens(inputs), len(chunks) + 1  # the loop itself runs the last chunk
+        most = torch.tensor(passes, dtype=torch.long, device=tokens.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        return int(most) - passes
+        super()._prefill(inputs, chunks)
+        for _ in range(int(most) - passes):
+            self.stand_in(**self._idle_inputs(tokens), return_dict=True)
+
+    def _idle_inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """The model's inputs for an idle pass of as many rows as `tokens`: its output means nothing."""
+        ids = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+        cache = default_cache(self.model.config)
+        return {"input_ids": ids, "position_ids": torch.zeros_like(ids), "past_key_values": cache, "use_cache": True}
 
 
-def _is_compileable(model: PreTrainedModel, cache: SinkCache) -> bool:
-    """Whether the model's code for one token can be compiled with this cache, as transformers does it by itself."""
-    return COMPILES and cache._sinks_only and _takes_masks(model) and getattr(model, "_can_compile_fullgraph", True)
-
-
-def _begin(cache: SinkCache, batch_size: int, pads: list[int]) -> None:
-    """Take over a batch's padding if `cache` is empty; raise if it holds another batch, or other padding."""
-    if cache.get_seq_length() == 0:
-        cache.pads, cache.offsets, cache._plan = pads, [0] * len(pads), None
-    elif cache.batch_size != batch_size:
-        raise ValueError(
-            f"`past_key_values` holds a batch of {cache.batch_size}, got one of {batch_size} (beams and returned "
-            "sequences count). Continue with as many, or `batch_repeat_interleave` it."
-        )
-    else:
-        cache.pads = cache.pads or [0]  # the model was called by itself until now, which padded rows are kept from
-        if cache.pads not in (pads, pads * batch_size):
-            raise ValueError(
-                f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
-                f"{cache.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
-            )
-
-
-def _refuse_other_conversation(cache: SinkCache, input_ids: torch.Tensor, end: int) -> None:
-    """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
-    if cache.common_length(input_ids, end - input_ids.shape[1]) < cache.get_seq_length():
-        raise ValueError(
-            "`input_ids` must continue the conversation in `past_key_values`, but are not the tokens that the "
-            "`SinkCache` has seen. To start another one, `reset()` it."
-        )
-
-
-def _new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """The ids, or embeddings, of the new tokens among the model's inputs: `[batch, length, ...]`."""
-    return inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-
-
-def _natural_positions(cache: SinkCache, length: int) -> torch.Tensor:
-    """Which tokens of their rows the next `length` columns are, negative for padding: int64 `[rows, length]`."""
-    start, pads = cache.get_seq_length(), torch.tensor(cache.pads, dtype=torch.long, device="cpu")[:, None]
-    return torch.arange(start, start + length, dtype=torch.long, device="cpu") - pads
-
-
-def _cut(inputs: dict[str, Any], tokens: slice) -> dict[str, Any]:
-    """The same inputs for the new tokens `tokens` only."""
-    cut = dict(inputs)
-    for name, dim in PER_TOKEN_INPUTS.items():
-        if isinstance(cut.get(name), torch.Tensor):
-            cut[name] = cut[name][..., tokens] if dim == -1 else cut[name][:, tokens]
-    return cut
-
-
-MOST_IN_A_CHUNK = 256  # tokens, by default
-
-
-def _chunks(
-    model: PreTrainedModel, cache: SinkCache, length: int, prefill_chunk_size: Optional[int], least_last: int = 1
-) -> list[slice]:
-    """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
-
-    How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each token
-    of it attention sees one more copy of the sinks. So by default a chunk has so many tokens that these copies take
-    three quarters of a window, and at most 256: with more of them, attention would take more time than passes save.
+class Drafter:
+    """The assistant of assisted decoding, which drafts in a stream of its own, as long as that of the model.
 
     Args:
-        least_last: how many tokens the last update must have at least.
+        assistant: what drafts.
+        window: of the model's stream.
+        depth: how many of its first layers draft, if the assistant is the model itself, which exits early.
+        runs_on: the model `with_its_own_depth`, then.
+
+    Attributes:
+        stand_in: what transformers gets for the assistant.
     """
-    start, window = cache.get_seq_length(), cache._window
-    default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
-    chunk_size = prefill_chunk_size or default
-    takes_masks = _takes_masks(model)
-    if not cache._resumes or not takes_masks:
-        chunk_size = 1
-    chunk_size = min(chunk_size, cache._most_at_once(start + length))
-    fits = window.length - max(max(start - pad, 0) for pad in cache.pads)
-    sizes = []
-    while sum(sizes) < length:
-        unevicted = fits - sum(sizes) if cache._resumes or start + sum(sizes) == 0 else 0
-        size = min(unevicted, prefill_chunk_size or unevicted) if unevicted > 0 else chunk_size
-        sizes.append(min(size, length - sum(sizes)))
-    while sizes[-1] < least_last and len(sizes) > 1:
-        last = sizes.pop()
-        moved = min(least_last - last, sizes[-1])
-        sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
-    if not takes_masks and len(sizes) > 1:
-        _logger.warning_once(
-            "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash attention, "
-            'takes no mask. Load the model with "sdpa" to have it go in faster.'
-        )
-    ends = list(itertools.accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends)]
 
-
-def _left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
-    """The columns of left padding of each row of `attention_mask` (`[batch, columns]`); one number if all agree.
-
-    Not `given`, it is what transformers made of the pad tokens in the prompt.
-    """
-    if attention_mask is None:
-        return [0]
-    attended = attention_mask.bool()
-    if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
-        if not given:
-            raise ValueError(
-                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
-                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
-                "text, and pad on the left if not."
+    def __init__(
+        self,
+        assistant: PreTrainedModel,
+        window: Window,
+        depth: Optional[int] = None,
+        runs_on: Optional[PreTrainedModel] = None,
+    ):
+        self.runs_on = assistant if runs_on is None else runs_on
+        self.cache = SinkCache(window.length, window.num_sinks)
+        try:
+            self.cache.bind(assistant)
+        except ValueError as error:
+            raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
+        stream = self.cache.held
+        if depth is not None:
+            traits = replace(
+                stream.traits, rotations=stream.traits.rotations[:depth], layouts=stream.traits.layouts[:depth]
             )
-        raise ValueError(
-            "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
-            'each row. Set `padding_side="left"` on the tokenizer.'
-        )
-    pads = (~attended).sum(dim=-1).tolist()
-    return pads[:1] if len(set(pads)) == 1 else pads
+            self.cache._hold(Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling))
+        if not all(map(can_record, self.cache.layers)):
+            raise ValueError(
+                f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens "
+                f"back with transformers {transformers.__version__}, as they slide or keep a state. Use another one."
+            )
+        self.cache.activate_past_recording()
+        self.stand_in = shared(self.runs_on)
+        self.stand_in.generate = self.generate
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_new_tokens: int,
+        attention_mask: Optional[torch.Tensor] = None,
+        **kwargs,
+    ) -> Any:
+        """What the assistant says after `input_ids` (int64 `[1, tokens]`).
+
+        What it drafted before and the model did not accept is known by its tokens, and taken back first.
+        """
+        cache, length = self.cache, input_ids.shape[1]
+        padded = attention_mask is not None and attention_mask.shape[1] <= length  # else, of another tokenizer's ids
+        mask = torch.ones_like(input_ids)  # given none, transformers would take a token that it pads with for padding
+        mask[:, : int((attention_mask == 0).sum()) if padded else 0] = 0
+        end = min(cache.held.common_length(input_ids), length - 1)
+        if cache.held.can_end_at(end):
+            cache.crop(max_length=end)
+        else:
+            cache.reset()
+            cache.activate_past_recording()
+        for name in ("past_key_values", "position_ids", "cache_position"):
+            kwargs.pop(name, None)
+        most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
+        if kwargs.get("min_new_tokens") is not None:
+            kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
+        kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
+        kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
+        output = StreamedCall(self.runs_on, cache).decode(type(self.runs_on).generate, kwargs)
+        output.past_key_values = None  # transformers would crop it by its own count
+        return output
 
 
-def _inputs_for_step(model: PreTrainedModel, cache: SinkCache, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Fit the model's inputs for one update to the cache: positions that stay bounded, a mask over the kept keys."""
-    tokens = _new_tokens(inputs)
-    length = tokens.shape[1]
-    cache.lower_positions_if_needed(length)
-    plan = cache.plan_update(cache.get_seq_length(), length)
-    plan.prepared = True
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = _natural_positions(cache, length).clamp(min=0).to(tokens.device)
-    if any(cache.offsets):
-        positions = positions - torch.tensor(cache.offsets, dtype=torch.long, device=positions.device)[:, None]
-    inputs["position_ids"] = positions
-    if cache.static:
-        # Strides that depend on how many tokens there were would have the code compiled again.
-        inputs["position_ids"] = positions.clone(memory_format=torch.contiguous_format)
-        inputs["attention_mask"] = cache.prepare_compiled_step(plan, tokens.device)
-    elif any(cache.pads) or plan.evicts:
-        inputs["attention_mask"] = _masks(model, cache, plan, tokens)
-    return inputs
-
-
-def _masks(model: PreTrainedModel, cache: SinkCache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
-    """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
-
-    None where each token sees all keys of before and, causally, the new ones.
-    """
-    if plan.needs_mask and not _takes_masks(model):
-        raise ValueError(
-            "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
-            '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
-            if not plan.sees_copies
-            else f"These {plan.length} tokens evict some, which needs a mask that this model's `attn_implementation`, "
-            'flash attention, does not take. Pass one token at a time, or load the model with "sdpa".'
-        )
-    padded, mask = any(cache.pads), None
-    # A layer that is neither, and no sink layer, is for what comes beside text: such models take no masks by kind.
-    several = any(type(layer).__name__ in KEPT_LAYERS or isinstance(layer, StateLayer) for layer in cache.layers)
-    by_kind = several and (padded or plan.sees_copies)
-    # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
-    leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
-    if plan.needs_mask or (leaves_it and _takes_masks(model)):
-        mask = plan.mask(cache._mask_dtype, tokens.device)
-    if not by_kind:
-        return mask
-    attended = None
-    if padded:
-        columns = torch.arange(plan.start + plan.length, dtype=torch.long, device=tokens.device)
-        attended = columns >= torch.tensor(cache.pads, dtype=torch.long, device=tokens.device)[:, None]
-        attended = attended.expand(len(tokens), -1)
-    # As a mask of padding, which transformers leaves out where a token comes alone, padding or not.
-    of_states = attended[:, -plan.length :] if plan.start < max(cache.pads) else None
-    kinds = {"sliding_attention", "chunked_attention"}.intersection(_kinds(model.config))
-    return {
-        "full_attention": mask,
-        "hybrid": mask,
-        "linear_attention": of_states,
-        "conv": of_states,
-        **{kind: _own_mask(kind, model, cache, attended, plan, tokens) for kind in kinds},
-    }
-
-
-def _takes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model's attention takes a mask over keys, which flash attention doesn't."""
-    return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
-
-
-def _refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
-    """Raise if a prompt has images or the like and goes in by chunks, or the model finds positions for them later."""
-    text = (*PER_TOKEN_INPUTS, "attention_mask")
-    media = [name for name, value in inputs.items() if name not in text and isinstance(value, (torch.Tensor, dict))]
-    if not any(inputs[name] is not None and len(inputs[name]) > 0 for name in media):
-        return
-    if len(chunks) > 1:
-        raise ValueError(
-            f"Images or the like ({', '.join(media)}) must come with a prompt that goes in at once: this one goes in "
-            f"{len(chunks)} chunks, the first of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater "
-            "`window_length`."
-        )
-    if inputs.get("position_ids") is None:
-        raise ValueError(
-            f"Images or the like ({', '.join(media)}) can't be streamed with this model: it chooses their positions "
-            "where a stream can't see them. Pass a prompt of text."
-        )
-
-
-def _refuse_other_positions(cache: SinkCache, positions: Optional[torch.Tensor]) -> None:
-    """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one each token."""
-    if positions is None or positions.shape[-1] == 1:  # a single token is not looked at: that waits for the device
-        return
-    natural = _natural_positions(cache, positions.shape[-1])
-    if ((positions.cpu() != natural) & (natural >= 0)).any():
-        raise ValueError(
-            "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), and a "
-            "stream moves its sinks by as many as there are tokens. Pass a prompt of text."
-        )
+def with_its_own_depth(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with a configuration of its own for the base model, whose depth an early exit sets while it drafts."""
+    prefix = model.base_model_prefix
+    stand_in, base = shared(model), shared(getattr(model, prefix))
+    base.config = copy.copy(base.config)
+    vars(stand_in)["_modules"] = {**model._modules, prefix: base}
+    return stand_in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generate
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 # The arguments of `generate` that may be positional by hand, in order.
 OWN_ARGUMENTS = ("model", "window_length", "num_sink_tokens", "prefill_progress")
-
-
-# Settings of a generation that are served here, or that a model's files ask for and `past_key_values` replaces.
-SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
 
 
 def generate(
@@ -2822,32 +3530,29 @@ def generate(
     """
     if args:
         own = (model, window_length, num_sink_tokens, prefill_progress)
-        return generate(**_named(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
+        return generate(**_by_name(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
-    model = _unwrapped(model)
+    model = unwrapped(model)
     loop = _generate_behind(model)
-    _refuse_arguments(model, kwargs)
-    stand_in, (model, streamed) = model, vars(model).get("_streamed", (model, None))
-    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
+    refuse_arguments(model, kwargs)
+    chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
     chunk_size = None if chunk_size is None else operator.index(chunk_size)
     kwargs.pop("prefill_chunk_size", None)
     if kwargs.get("generation_config") is not None:
-        kwargs["generation_config"] = _with(kwargs["generation_config"], **SERVED)
-    if streamed is not None and kwargs.get("past_key_values") is streamed:
-        return loop.__get__(stand_in)(**kwargs)  # an override that asks for a stream by itself, called by hand
+        kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
+    around = vars(model).get("_streamed_call")  # an override on a stand-in, that asks for a stream by itself
+    if around is not None and kwargs.get("past_key_values") is around.cache:
+        return loop.__get__(model)(**kwargs)
+    model = model if around is None else around.model
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
-        settings = {name: _setting(model, window | kwargs, name) for name in window}
+        settings = {name: resolve_setting(model, window | kwargs, name) for name in window}
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
     else:
-        _refuse_cache(cache, window)
-    call = Call()
-    try:
-        cache._take_into_use(call)
+        refuse_cache(cache, window)
+    with cache.in_use():
         return _generate(model, loop, cache, chunk_size, prefill_progress, kwargs)
-    finally:
-        cache._give_back(call)
 
 
 def _generate(
@@ -2859,43 +3564,28 @@ def _generate(
     kwargs: dict[str, Any],
 ) -> Any:
     """`generate` in a cache that is in use by this call alone; `kwargs` are the arguments of `loop`."""
-    cache.settle()
+    if cache.is_bound:
+        cache.held.settle()
     if loop.__module__.startswith("transformers.generation"):  # else nobody knows yet what it will be given
-        _columns_in_common(cache, kwargs)
-    if _assistance(model, kwargs):
-        _refuse_assistance(model, cache, kwargs)
+        if cache.is_bound:
+            cache.held.end_in_common(kwargs)
+        else:
+            refuse_gap(kwargs, seen=0, end=0)
+    window, assistance = cache.held.window, assisted_by(model, kwargs)
+    if assistance is not None:
+        layers = SinkCache(window.length, window.num_sinks).bind(model).layers
+        refuse_assistance(model, window, layers, kwargs, assistance)
     if kwargs.get("assistant_model") is not None:
-        kwargs["assistant_model"] = _drafting(_unwrapped(kwargs["assistant_model"], "assistant_model"), cache._window)
+        assistant = unwrapped(kwargs["assistant_model"], "assistant_model")
+        kwargs["assistant_model"] = Drafter(assistant, window).stand_in
     cache.bind(model)
-    depth = _setting(model, kwargs, "assistant_early_exit")
-    lent = _with_its_own_depth(model) if depth else model
-    synced = _is_synced(model, kwargs.get("synced_gpus"))
-    stand_in = _streaming(lent, cache, chunk_size, prefill_progress, synced)
-    if depth:
-        stand_in.generate = _drafting(model, cache._window, lent, depth).generate
-    return _decode(stand_in, loop, cache, kwargs)
-
-
-def _decode(stand_in: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: dict[str, Any]) -> Any:
-    """Run the decoding `loop` in `cache` on a stand-in for the model, which is of no use afterwards."""
-    stand_in.generation_config = _with(stand_in.generation_config, **SERVED)
-    recorded = cache.record_past
-    try:
-        output = loop.__get__(stand_in)(past_key_values=cache, **kwargs)
-        if not stand_in._handed_on:
-            raise ValueError(
-                f"`model` ({type(stand_in).__name__}) has a `generate` of its own that did not hand `past_key_values` "
-                "on to that of transformers, so nothing was streamed. Have it pass on the arguments that it doesn't "
-                "know."
-            )
-        return output
-    finally:
-        cache.record_past = recorded
-        cache.static, cache._slots_mask = False, None
-        vars(stand_in).clear()  # it and the functions set on it hold each other, and the cache
-        if cache.latest_ids is not None:  # enough to know the conversation by, and no more than the window
-            cache.forget_unseen_ids()
-            cache.latest_ids = cache.latest_ids[:, -cache.window_length :].clone()
+    call_class = SyncedCall if is_synced(model, kwargs.get("synced_gpus")) else StreamedCall
+    depth = resolve_setting(model, kwargs, "assistant_early_exit")
+    runs_on = with_its_own_depth(model) if depth else model
+    call = call_class(runs_on, cache, chunk_size, prefill_progress)
+    if depth:  # transformers has the model itself draft
+        call.stand_in.generate = Drafter(model, window, depth, runs_on).generate
+    return call.decode(loop, kwargs)
 
 
 def _generate_behind(model: PreTrainedModel) -> Callable:
@@ -2931,7 +3621,7 @@ def _first_argument(frame: Any) -> Any:
     return value[0] if isinstance(value, tuple) and value else value
 
 
-def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` of a call of `generate`, and its positional `args` by their names.
 
     Raises:
@@ -2939,7 +3629,7 @@ def _named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
             decoding loop of one of its own.
     """
     if kwargs["model"] is not None:
-        names = _positional_names(type(_unwrapped(kwargs["model"])))
+        names = _positional_names(type(unwrapped(kwargs["model"])))
     elif len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].dim() > 0:
         raise TypeError(
             "`custom_generate` must be the name or the folder of this repository, not its function `generate`: "
@@ -2964,357 +3654,3 @@ def _positional_names(model_class: type) -> list[str]:
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             break
     return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
-
-
-def _unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
-    """The model of transformers that the argument `name` is, or that `torch.compile` or peft put their wrapper around.
-
-    Raises:
-        TypeError: there is none, or none that generates.
-        ValueError: peft would put learned tokens or keys before the prompt.
-    """
-    inner = getattr(model, "_orig_mod", model)
-    if callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
-    if not isinstance(inner, transformers.GenerationMixin):
-        raise TypeError(
-            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
-            "load the model with its language modeling head."
-        )
-    # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
-    for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
-        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                f"`model` ({type(wrapper).__name__}) can't be streamed: its adapter puts what it learned before the "
-                "prompt, where a stream counts no tokens. Use another kind of adapter, as LoRA."
-            )
-    return inner
-
-
-def _with(config: Any, **settings) -> Any:
-    """`config`, or where that changes it a copy, with these attributes."""
-    if any(getattr(config, name, None) != value for name, value in settings.items()):
-        config = copy.deepcopy(config)
-        for name, value in settings.items():
-            setattr(config, name, value)
-    return config
-
-
-def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
-    values = (
-        kwargs.get(name),
-        getattr(kwargs.get("generation_config"), name, None),
-        getattr(model.generation_config, name, None),
-    )
-    return next((value for value in values if value is not None), None)
-
-
-def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
-
-    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
-    """
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    asked = getattr(kwargs.get("generation_config"), name, None)
-    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
-    return None if asked in [getattr(config, name, None) for config in files] else asked
-
-
-def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `generate` that a stream can't serve."""
-    if _asked_for(model, kwargs, "use_cache") is False:
-        raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
-    implementation = _asked_for(model, kwargs, "cache_implementation")
-    if implementation is not None:
-        raise ValueError(
-            f"`cache_implementation` must not be given, got {implementation!r}: the cache is a `SinkCache`. Leave it "
-            "out."
-        )
-    if _asked_for(model, kwargs, "return_legacy_cache"):
-        raise ValueError(
-            "`return_legacy_cache` must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."
-        )
-    if _setting(model, kwargs, "penalty_alpha"):
-        raise ValueError(
-            "`penalty_alpha` asks for contrastive search, which looks at all tokens of before. Leave it out."
-        )
-    for name, mode in MOVED_MODES.items():
-        value = _setting(model, kwargs, name)
-        if value is not None and value != 1:  # as one group of beams
-            raise ValueError(
-                f"`{name}` asks for {mode}, which transformers {transformers.__version__} loads from a repository of "
-                "its own, and a stream is another. Leave it out."
-            )
-    if kwargs.get("position_ids") is not None:
-        raise ValueError(
-            "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
-        )
-    chunk_size = _setting(model, kwargs, "prefill_chunk_size")
-    try:
-        valid = chunk_size is None or _integer("prefill_chunk_size", chunk_size) >= 1
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
-
-
-def _assistance(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
-    """The arguments of `generate` that ask for assisted decoding (arXiv:2211.17192)."""
-    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    return [name for name in names if _setting(model, kwargs, name)]
-
-
-def _refuse_assistance(model: PreTrainedModel, cache: SinkCache, kwargs: dict[str, Any]) -> None:
-    """Raise where drafts can't be checked, or taken back, as exactly as one token at a time."""
-    name, window = _assistance(model, kwargs)[0], (cache.window_length, cache.num_sink_tokens)
-    if name == "use_mtp" or _setting(model, kwargs, "speculation_type") == "dflash":
-        raise ValueError(
-            f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
-            "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
-        )
-    if name == "assistant_early_exit" and EARLY_EXITS_FAIL:
-        raise ValueError(
-            f"`{name}` fails in transformers {transformers.__version__} with any cache: an argument is left out there. "
-            "Update transformers, or use `prompt_lookup_num_tokens` or an `assistant_model`."
-        )
-    if _is_synced(model, kwargs.get("synced_gpus")):
-        raise ValueError(
-            f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
-            "transformers has it append tokens. Leave one of them out."
-        )
-    if not _takes_masks(model):
-        raise ValueError(
-            f"`{name}` checks several tokens at once, which needs a mask that this model's `attn_implementation`, "
-            'flash attention, does not take. Load the model with "sdpa", or leave it out.'
-        )
-    if not all(_can_record(layer) for layer in SinkCache(*window).bind(model).layers):
-        raise ValueError(
-            f"`{name}` asks for a decoding mode that takes tokens back, which some layers of `model` "
-            f"({type(model).__name__}) can't with transformers {transformers.__version__}: they slide or keep a state. "
-            "Leave it out, or use a model with full attention in its layers."
-        )
-    number = _setting(model, kwargs, "prompt_lookup_num_tokens")
-    if number is not None and number >= cache.window_length:
-        raise ValueError(
-            f"`prompt_lookup_num_tokens` must be less than `window_length` ({cache.window_length}), got {number}."
-        )
-
-
-def _with_its_own_depth(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with a configuration of its own for the base model, whose depth an early exit sets while it drafts."""
-    prefix = model.base_model_prefix
-    lent, base = _stand_in(model), _stand_in(getattr(model, prefix))
-    base.config = copy.copy(base.config)
-    vars(lent)["_modules"] = {**model._modules, prefix: base}
-    return lent
-
-
-def _drafting(
-    assistant: PreTrainedModel, window: Window, lent: Optional[PreTrainedModel] = None, depth: Optional[int] = None
-) -> PreTrainedModel:
-    """A stand-in for the assistant of assisted decoding that drafts in a stream of its own.
-
-    Its memory is that of one window, and it sees what the model that it assists sees. The model itself is the assistant
-    if it is `lent` for early exits: then its first `depth` layers have a stream of their own.
-    """
-    cache = SinkCache(window.length, window.num_sinks)
-    try:
-        cache.bind(assistant)
-    except ValueError as error:
-        raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
-    if lent is not None:
-        cache._keep_layers(depth)
-    if not all(_can_record(layer) for layer in cache.layers):
-        raise ValueError(
-            f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens back "
-            f"with transformers {transformers.__version__}, as they slide or keep a state. Use another one."
-        )
-    cache.record_past = True
-    stand_in = _stand_in(assistant if lent is None else lent)
-    stand_in.generate = functools.partial(_draft, assistant if lent is None else lent, cache)
-    return stand_in
-
-
-def _draft(
-    assistant: PreTrainedModel,
-    cache: SinkCache,
-    input_ids: torch.Tensor,
-    max_new_tokens: int,
-    attention_mask: Optional[torch.Tensor] = None,
-    **kwargs,
-) -> Any:
-    """What `assistant`, which `cache` is bound to, says after `input_ids` (int64 `[1, tokens]`).
-
-    What it drafted before and the model did not take is known by its tokens, and taken back first.
-    """
-    length = input_ids.shape[1]
-    padded = attention_mask is not None and attention_mask.shape[1] <= length  # else, of another tokenizer's ids
-    mask = torch.ones_like(input_ids)  # given none, transformers would take a token that it pads with for padding
-    mask[:, : int((attention_mask == 0).sum()) if padded else 0] = 0
-    end = min(cache.common_length(input_ids), length - 1)
-    if end > max(cache.pads or [0]) and end >= cache.get_seq_length() - cache.num_removable:
-        cache.crop(max_length=end)
-    else:
-        cache.reset()
-        cache.record_past = True
-    for name in ("past_key_values", "position_ids", "cache_position"):
-        kwargs.pop(name, None)
-    most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
-    if kwargs.get("min_new_tokens") is not None:
-        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
-    kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
-    kwargs["generation_config"] = _with(kwargs["generation_config"], **SERVED)
-    stand_in = _streaming(assistant, cache, None, prefill_progress=False, synced=False)
-    output = _decode(stand_in, type(assistant).generate, cache, kwargs)
-    output.past_key_values = None  # transformers would crop it by its own count
-    return output
-
-
-def _columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """How many columns the conversation has that a call of `generate` goes on from; how many of them its ids leave out,
-    and how many its ids and embeddings do.
-
-    Raises:
-        ValueError: there is a prompt without a token.
-    """
-    names = ("inputs", "input_ids", "inputs_embeds")
-    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
-    if given and not any(tensor.numel() for tensor in given.values()):
-        name, tensor = next(iter(given.items()))
-        raise ValueError(
-            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
-            "tokenizer's `bos_token_id` where there is no text yet."
-        )
-    ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    given, embedded, masked = (
-        0 if tensor is None else tensor.shape[1]
-        for tensor in (ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
-    )
-    columns = max(given, embedded, masked)
-    return columns, columns - given, columns - max(given, embedded)
-
-
-def _columns_in_common(cache: SinkCache, kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """How many columns the conversation of a call of `generate` has; how many its ids leave out; and after which of
-    those seen it goes on.
-
-    That may be before the last one. An interrupt, or a draft that was not taken, may have left tokens in the cache that
-    are not in the conversation, and one of its tokens at least must be new. What can't be taken back counts as common,
-    and is refused as other tokens.
-
-    Raises:
-        ValueError: what is given of the conversation does not go on where `cache` has got to.
-    """
-    columns, left_out, start = _columns(kwargs)
-    ids, seen = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"], cache.get_seq_length()
-    end = seen
-    if seen > 0 and ids is not None:
-        common = min(cache.common_length(ids, left_out), columns - 1)
-        if max(cache.pads or [0]) < common and seen - cache.num_removable <= common < seen:
-            end = common
-    if 0 < columns <= end:
-        raise ValueError(
-            f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
-            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. "
-            "Don't crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
-        )
-    if end < start < columns:
-        raise ValueError(
-            f"`input_ids` must go on after the {end} tokens that the `SinkCache` has seen, but are the last "
-            f"{columns - start} of the {columns} in `attention_mask`: {start - end} are missing. The last token that "
-            "was generated has not been seen, so pass it too."
-        )
-    return columns, left_out, end
-
-
-def _refuse_model(model: PreTrainedModel, window_length: int) -> None:
-    """Raise for models, and windows on a model, that can't be streamed."""
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError(
-            f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
-            "empty: call `model.eval()` first."
-        )
-    if not model._supports_default_dynamic_cache():
-        raise ValueError(
-            f"`model` ({name}) can't be streamed: transformers {transformers.__version__} gives it a cache of its own, "
-            "which a `SinkCache` can't stand in for. Use a model with full attention in its layers."
-        )
-    _refuse_layers(model)
-    if _slides_everywhere(model) and window_length > config.sliding_window:
-        raise ValueError(
-            f"`window_length` must be at most {config.sliding_window}, got {window_length}: the model's own attention "
-            "reaches no further back, so the sinks would be out of its sight."
-        )
-    trained_length = _trained_length(config)
-    changing = {settings.get("rope_type", settings.get("type")) for settings in _rope_parameters(config)}
-    if changing & {"dynamic", "longrope"} and trained_length and window_length > trained_length:
-        raise ValueError(
-            f"`window_length` must be at most {trained_length}, got {window_length}: past that the model changes the "
-            "frequencies of its rotary embeddings, and the keys in the cache would no longer fit."
-        )
-
-
-def _kinds(config: Any) -> list[str]:
-    """The kind of each layer, as far as the configuration names it."""
-    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
-
-
-def _slides_everywhere(model: PreTrainedModel) -> bool:
-    """Whether all layers attend to their own `sliding_window` latest tokens: a cache no longer than that rules them."""
-    config, kinds = model.config.get_text_config(decoder=True), set(_kinds(model.config))
-    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return slides and kinds <= {"sliding_attention"}
-
-
-def _refuse_layers(model: PreTrainedModel) -> None:
-    """Raise unless some layers of the model attend to all tokens, and the others can stay as they are."""
-    config = model.config.get_text_config(decoder=True)
-    kinds, hybrid = set(_kinds(config)), getattr(config, HYBRID, None)
-    if _slides_everywhere(model) and not hybrid:
-        return
-    try:
-        own = _own_layers(model)
-    except Exception as error:
-        raise ValueError(
-            f"`model` ({type(model).__name__}) can't be streamed: transformers {transformers.__version__} can't make a "
-            f"cache for it: {error}"
-        ) from error
-    classes = {type(layer).__name__ for layer in own}
-    unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *KEPT_LAYERS}))
-    if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
-        named = ", ".join(sorted(kinds)) or "full and sliding attention"
-        reason = f"transformers {transformers.__version__} can't cache its kinds of layers ({named}) each in its way"
-    elif unknown:
-        reason = f"its layers cache more than keys and values ({unknown})"
-    elif own and not classes & set(FULL_LAYERS):
-        reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
-    elif own and len(own) < config.num_hidden_layers:
-        reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
-    else:
-        return
-    raise ValueError(
-        f"`model` ({type(model).__name__}) can't be streamed: {reason}. Use a model with full attention in its layers."
-    )
-
-
-def _refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless `past_key_values` is a `SinkCache`, and with the window that was named."""
-    # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
-    if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
-        raise TypeError(
-            f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
-            f"{type(past_key_values).__name__}. Leave it out to start a new one."
-        )
-    for name, value in window.items():
-        if value is not None and value != getattr(past_key_values, name):
-            raise ValueError(
-                f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
-                f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
-            )

@@ -38,11 +38,11 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_it_goes_on_where_it_was_cut_off(measured, tmp_path):
-    caches = ("--caches", "full", "sink", "window", "--tokens", "512")
+    caches = ("--caches", "full", "sink", "window", "--tokens", "1024")
     assert "sink cache" in measured(tmp_path / "whole", *caches).read()
     expected = rows(tmp_path / "whole")
-    assert len(expected) == 3 * 8
-    for cut_at in (3, 11):  # in the full cache's run, and in that of the sink cache
+    assert len(expected) == 3 * 16
+    for cut_at in (3, 19):  # in the full cache's run, and in that of the sink cache
         cut = measured(tmp_path / "cut", *caches)
         while len(rows(tmp_path / "cut")) < cut_at:
             assert cut.isalive(), cut.read()

@@ -7,10 +7,10 @@ from packaging.version import Version
 from torch._inductor import compile_fx
 from transformers import CompileConfig
 
-from custom_generate.generate import COMPILES, SinkCache, generate
+from custom_generate.generate import CAN_COMPILE, SinkCache, generate
 from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
 
-pytestmark = pytest.mark.skipif(not COMPILES, reason="from 5.2 transformers needs torch 2.7 to be compiled")
+pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="from 5.2 transformers needs torch 2.7 to be compiled")
 NEW_TOKENS = 60
 # Models of 4.52 ask how many tokens were seen: for the second one, their code is compiled again, for any number.
 GRAPHS = 2 if RELEASE < Version("4.53") else 1
@@ -56,7 +56,7 @@ def test_one_graph_for_all_streams(rows):
         cache = SinkCache(16, 4)
         sequences = stream(model, ids, cache, compile_config=config)
         assert torch.equal(sequences, stream(model, ids))
-        assert cache.offsets[0] > 20
+        assert cache.held.offsets[0] > 20
     assert len(graphs) == GRAPHS
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -99,7 +99,7 @@ def test_no_compilation_with_layers_that_slide():
 
 
 def test_no_compilation_by_a_torch_that_fails_at_it(monkeypatch):
-    monkeypatch.setitem(generate.__globals__, "COMPILES", False)
+    monkeypatch.setitem(generate.__globals__, "CAN_COMPILE", False)
     model, graphs = small_model(num_hidden_layers=1), []
     sequences = stream(model, prompt(5), compile_config=tracing(graphs))
     assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []
@@ -141,7 +141,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
             compile_config=config,
             stopping_criteria=transformers.StoppingCriteriaList([stop]),
         )
-    assert set(vars(model)) == before and not cache.static and not cache.is_compileable
+    assert set(vars(model)) == before and not cache.held.in_compiled_step and not cache.is_compileable
     assert cache.get_seq_length() == 32
     settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False)
     sequences = generate(model, input_ids=seen[-1], past_key_values=cache, compile_config=config, **settings)

@@ -225,8 +225,8 @@ def test_cropping_what_evicted_is_refused():
 def test_layers_that_are_in_several_places_now():
     model, cache, sequences, expected = a_conversation(40, rows=2, max_position_embeddings=20)
     for layer in cache.layers[1:]:  # as one does that meets keys of another device
-        layer.leave()
-        layer.look()
+        layer.split_from_ring()
+        layer.refresh_views()
     assert len({id(layer.ring) for layer in cache.layers}) == len(cache.layers)
     cache.batch_select_indices(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([1, 0]))

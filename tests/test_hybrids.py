@@ -208,7 +208,7 @@ def test_attention_by_the_order_in_the_cache_is_refused_beside_states_too():
     AttentionInterface.register("alibi", attention_with_alibi)
     model = hybrid("jamba")
     model.config._attn_implementation = "alibi"
-    with pytest.raises(ValueError, match="no layer turns its keys with their position"):
+    with pytest.raises(ValueError, match="no layer rotates its keys with their position"):
         stream(model, prompt(3))
 
 

@@ -88,7 +88,7 @@ def test_another_dtype_by_default(dtype, tmp_path):
         for inputs, tokens in zip(batches, expected):
             cache = SinkCache(16, 4)
             assert torch.equal(generate(model, past_key_values=cache, **inputs, **settings), tokens)
-            assert {ring.sinks.dtype for ring in cache._rings} == {torch.float32}
+            assert {ring.sinks.dtype for ring in cache.held.rings} == {torch.float32}
             assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
             cache.save(tmp_path / "conversation")
             SinkCache.load(tmp_path / "conversation", model).batch_repeat_interleave(2)

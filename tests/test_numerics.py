@@ -40,9 +40,9 @@ def test_100_000_evictions_in_bfloat16(capsys):
     made_at = torch.empty(total, dtype=torch.long)
     worst, looks, shifts_back = 0.0, 0, 0
     for token in range(total):
-        offset = cache.offsets[0]
+        offset = cache.held.offsets[0]
         made_at[token] = cache.prepare_inputs(torch.tensor([[1]]))["position_ids"]
-        shifted_back = cache.offsets[0] != offset
+        shifted_back = cache.held.offsets[0] != offset
         shifts_back += shifted_back
         made[token] = turned(raw[None, token], made_at[None, token], frequencies)[0]
         cache.update(made[None, None, None, token], made[None, None, None, token], 0)
@@ -50,7 +50,7 @@ def test_100_000_evictions_in_bfloat16(capsys):
             continue
         looks += 1
         kept = torch.cat([torch.arange(SINKS), torch.arange(token - (WINDOW - SINKS) + 1, token + 1)])
-        keys = cache.layers[0].keys[0, 0, [cache._window.slot(int(index)) for index in kept]]
+        keys = cache.layers[0].keys[0, 0, [cache.held.window.slot(int(index)) for index in kept]]
         # As the model was told last: the window ends at the new token, and the sinks are right before it.
         positions = torch.arange(WINDOW) + int(made_at[token]) - WINDOW + 1
         worst = max(worst, error(keys, turned(raw[kept], positions, frequencies)))

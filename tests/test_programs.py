@@ -53,7 +53,7 @@ class Programs(RuleBasedStateMachine):
     @rule(length=strategies.integers(1, 20), data=strategies.data())
     def update(self, length, data):
         start, mask = self.cache.get_seq_length(), None
-        at_once = self.cache._ceiling - min(start, self.num_sink_tokens)
+        at_once = self.cache.held.ceiling - min(start, self.num_sink_tokens)
         if length > at_once:
             with pytest.raises(ValueError, match=f"at most {at_once} tokens at a time"):
                 self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long))
@@ -65,7 +65,7 @@ class Programs(RuleBasedStateMachine):
         new = [[next(self.tokens) for _ in range(length - (pad if start == 0 else 0))] for pad in self.pads]
         inputs = self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long), mask)
         positions = inputs["position_ids"].expand(len(self.rows), -1)
-        assert 0 <= positions.min() and positions.max() < max(self.window_length, self.cache._ceiling)
+        assert 0 <= positions.min() and positions.max() < max(self.window_length, self.cache.held.ceiling)
 
         keys = torch.zeros(len(self.rows), 1, length, HEAD_DIM)
         values = torch.full((len(self.rows), 1, length, 1), -1.0)
@@ -119,7 +119,7 @@ class Programs(RuleBasedStateMachine):
     @rule(forgotten=strategies.integers(0, 20))
     def crop(self, forgotten):
         seen = self.cache.get_seq_length()
-        possible = self.latest if self.evicted or any(self.cache.offsets) else seen
+        possible = self.latest if self.evicted or any(self.cache.held.offsets) else seen
         if forgotten == seen:
             return  # which is `forget`
         if forgotten > 0 and (forgotten > possible or min(map(len, self.rows)) <= forgotten):

@@ -268,7 +268,7 @@ def scales_unnamed(length: int):
 @pytest.mark.parametrize(
     "build, seen",
     [
-        (lambda: turns_otherwise_from(2000), "at position 4095 the keys of its layer 0 are turned otherwise"),
+        (lambda: turns_otherwise_from(2000), "at position 4095 the keys of its layer 0 are rotated otherwise"),
         (lambda: scales_unnamed(2000), "changes when all move by the same distance.*up to 4095"),
     ],
     ids=["other frequencies", "other queries"],

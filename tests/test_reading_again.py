@@ -86,9 +86,9 @@ def test_rotary_embeddings_that_were_changed(change, tmp_path):
     pickled = pickle.dumps(cache)
     change(model)
     assert error(model) < 1e-5
-    # Tokens whose keys were turned otherwise don't fit to new ones, however they are kept.
+    # Tokens whose keys were rotated otherwise don't fit to new ones, however they are kept.
     for kept in (cache, pickle.loads(pickled)):
-        with pytest.raises(ValueError, match="`model` turns its keys otherwise than for the 22 tokens.*`reset"):
+        with pytest.raises(ValueError, match="`model` rotates its keys otherwise than for the 22 tokens.*`reset"):
             next_turn(model, kept, tokens)
     with pytest.raises(ValueError, match="comes from a conversation with another model"):
         SinkCache.load(tmp_path / "conversation", model)
@@ -176,6 +176,6 @@ def test_equal_models_are_one():
         assert torch.equal(tokens, expected)
     wide = copy.deepcopy(model)
     wide.model.rotary_emb.inv_freq /= 4
-    with pytest.raises(ValueError, match="`model` turns its keys otherwise"):
+    with pytest.raises(ValueError, match="`model` rotates its keys otherwise"):
         next_turn(wide, cache, tokens)
     next_turn(model, cache, tokens)

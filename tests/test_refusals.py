@@ -256,7 +256,7 @@ MODELS = {
     "no position ids": (lambda: tiny("bloom", hidden_size=32, n_layer=2, n_head=2), "takes no `position_ids`"),
     "ALiBi": (
         lambda: tiny("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True),
-        "no layer turns its keys with their position",
+        "no layer rotates its keys with their position",
     ),
     "a table of positions that grows with the sequence": (
         breaks_on_its_own,

@@ -67,7 +67,8 @@ def test_a_finished_rank_waits_and_changes_nothing(mode, max_new_tokens, monkeyp
     assert cache.get_seq_length() == alone.get_seq_length() == sequences.shape[1] - 1
     for layer, layer_alone in zip(cache.layers, alone.layers):
         assert torch.equal(layer.keys, layer_alone.keys) and torch.equal(layer.values, layer_alone.values)
-    assert cache.latest_end == alone.latest_end and torch.equal(cache.latest_ids, alone.latest_ids)
+    assert cache.held.transcript.end == alone.held.transcript.end
+    assert torch.equal(cache.held.transcript.ids, alone.held.transcript.ids)
     assert torch.equal(logits, expected_logits)
     assert passes[needed:-1] == [[cache.batch_size, 1]] * 40  # it went on for as long as the others did
 
