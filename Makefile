@@ -42,7 +42,7 @@ test: lint
 	$(MAKE) matrix
 
 quick: .venv/ready
-	.venv/bin/pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
 
 matrix: .venv/ready $(MODEL) $(HYBRID)
 	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 1.6 GB.'
