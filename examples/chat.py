@@ -2,26 +2,19 @@
 
     python examples/chat.py --window-length 1024 --system "You keep a lighthouse."
 
+It needs `pip install .` in the repository, and takes any model on the Hub or in a folder.
 Only what is new is read: a turn costs the same after ten minutes and after ten days. Ctrl-C stops an answer.
 """
 
 import argparse
 import signal
-import sys
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import transformers
 from rich.console import Console
+from sink_cache import SinkCache, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, TextStreamer
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from real_model import SOURCE as SMOLLM2  # noqa: E402
-
-from custom_generate.generate import SinkCache, generate  # noqa: E402
 
 HELP = "/stats  /reset  /save FILE  /load FILE  /quit    Ctrl-C stops an answer"
 
@@ -102,7 +95,7 @@ class Chat:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a model id or folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a Hub id or a folder")
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--max-new-tokens", type=int, default=1000, help="of an answer")
     parser.add_argument("--system", help="a system prompt")
@@ -110,9 +103,8 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": arguments.model} if arguments.model else SMOLLM2
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, torch_dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, torch_dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(model, tokenizer, arguments.window_length, arguments.system, max_new_tokens=arguments.max_new_tokens)
 

@@ -1,30 +1,30 @@
-"""Stream a story past a small window, and show that the cache stays as large as it was when the window filled.
+"""Tell a story past a small window; then let the same model go on in three ways, to see what the sinks are for.
 
-    python examples/story.py --window-length 128 --max-new-tokens 800
+    python examples/story.py --model Qwen/Qwen3-0.6B --window-length 256 --max-new-tokens 2000
 
-Without `--model` it tells it with SmolLM2-135M-Instruct, which `make demo` puts in place.
+It needs `pip install .` in the repository, and takes any model on the Hub or in a folder. `make demo` runs it with a
+small model that it puts in place itself.
 """
 
 import argparse
-import sys
-from pathlib import Path
+import statistics
+import textwrap
+import time
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from sink_cache import SinkCache, generate
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from real_model import SOURCE as SMOLLM2  # noqa: E402
-
-from custom_generate.generate import SinkCache  # noqa: E402
+SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
 
 
 class Meter(TextStreamer):
     """Prints the text as it comes, and notes the size of the cache when its window is full."""
 
-    def __init__(self, tokenizer, cache: SinkCache):
+    def __init__(self, tokenizer: Any, cache: SinkCache):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.cache = cache
         self.bytes_when_full = None
@@ -35,21 +35,62 @@ class Meter(TextStreamer):
             self.bytes_when_full = self.cache.nbytes
 
 
+class Clock(BaseStreamer):
+    """Notes when the prompt and each token came."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+def with_cache(model: PreTrainedModel, ids: torch.Tensor, num_new: int, window_length: int, num_sinks: int):
+    """The next `num_new` tokens of a stream, the seconds that each took, and the bytes of its cache."""
+    clock, cache = Clock(), SinkCache(window_length, num_sinks)
+    length = dict(max_new_tokens=num_new, min_new_tokens=num_new)
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock)
+    sequences = generate(model, **inputs, **length, **SAMPLING)
+    seconds = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
+    return sequences[:, ids.shape[1] :], seconds, cache.nbytes
+
+
+def recomputed(model: PreTrainedModel, ids: torch.Tensor, num_new: int, window_length: int):
+    """The same without a cache that lasts: each token is said after the window is read anew."""
+    before, seconds = ids.shape[1], []
+    for _ in range(num_new):
+        start, window = time.perf_counter(), ids[:, -window_length:]
+        mask = torch.ones_like(window)
+        said = model.generate(window, attention_mask=mask, max_new_tokens=1, min_new_tokens=1, **SAMPLING)
+        ids = torch.cat([ids, said[:, -1:]], dim=1)
+        seconds.append(time.perf_counter() - start)
+    return ids[:, before:], seconds, 0
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, before: torch.Tensor, said: torch.Tensor) -> float:
+    """How unlikely the model finds each token of `said`, with all that is before it in view."""
+    logits = model(torch.cat([before, said], dim=1), use_cache=False).logits[:, before.shape[1] - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits[0].float(), said[0]).exp())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a model id or folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a Hub id or a folder")
     parser.add_argument("--window-length", type=int, default=128)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=800)
+    parser.add_argument("--max-new-tokens", type=int, default=600, help="of the story")
+    parser.add_argument("--compared-tokens", type=int, default=40, help="said after it in each way; 0 for none")
     parser.add_argument("--prompt", default="Tell me a very long story about a lighthouse keeper and the sea.")
     arguments = parser.parse_args()
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = {"pretrained_model_name_or_path": arguments.model} if arguments.model else SMOLLM2
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, torch_dtype="auto").to(device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, torch_dtype="auto").to(device)
 
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": arguments.prompt}],
@@ -60,26 +101,42 @@ def main() -> None:
     cache = SinkCache(arguments.window_length, arguments.num_sink_tokens)
     meter = Meter(tokenizer, cache)
     torch.manual_seed(0)
-    sequences = model.generate(
+    story = generate(
+        model,
         **inputs,
-        custom_generate=str(ROOT),
-        trust_remote_code=True,
         past_key_values=cache,
         streamer=meter,
         max_new_tokens=arguments.max_new_tokens,
         min_new_tokens=arguments.max_new_tokens,  # an end of text would end the demonstration too
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.9,
-        repetition_penalty=1.1,
+        **SAMPLING,
     )
-    generated = sequences.shape[1] - inputs["input_ids"].shape[1]
     print("-" * 72)
-    print(f"tokens generated                 {generated:>12,}")
+    print(f"tokens generated                 {story.shape[1] - inputs['input_ids'].shape[1]:>12,}")
     print(f"tokens kept                      {min(cache.get_seq_length(), cache.window_length):>12,}")
     if meter.bytes_when_full is not None:
         print(f"cache bytes at window's filling  {meter.bytes_when_full:>12,}")
     print(f"cache bytes at the end           {cache.nbytes:>12,}")
+    if arguments.compared_tokens < 3:
+        return
+
+    window, num_sinks = arguments.window_length, arguments.num_sink_tokens
+    ways = {
+        f"{num_sinks} sinks and the latest {window - num_sinks} tokens": (with_cache, num_sinks),
+        f"the latest {window} tokens, no sinks": (with_cache, 0),
+        f"the latest {window} tokens, read anew for each token": (recomputed,),
+    }
+    print(f"\nAfter these {story.shape[1]:,} tokens, the same model with the same dice goes on")
+    figures = {}
+    for name, (go_on, *num_sinks) in ways.items():
+        torch.manual_seed(0)
+        said, seconds, nbytes = go_on(model, story, arguments.compared_tokens, window, *num_sinks)
+        figures[name] = 1 / statistics.median(seconds), perplexity(model, story, said), nbytes
+        text = " ".join(tokenizer.decode(said[0], skip_special_tokens=True).split())
+        print(f"\n  with {name}:", textwrap.fill(text, 72, initial_indent="    ", subsequent_indent="    "), sep="\n")
+    print("\nThe perplexity is that of what was said, to the model with all of the story in view.\n")
+    print(f"{'':<52}{'tokens/s':>9}{'perplexity':>11}{'cache bytes':>12}")
+    for name, (pace, unlikely, nbytes) in figures.items():
+        print(f"{name:<52}{pace:>9.1f}{unlikely:>11.1f}{nbytes:>12,}")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,46 @@
-# ruff: noqa: E402
 import os
-import tempfile
-
-from tests.support.hub import Hub
-
-# Before transformers is imported: the Hub that it asks is this one, and what it downloads does not mix with the user's.
-HUB = Hub()
-os.environ["HF_ENDPOINT"] = HUB.url
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sink-cache-tests-")
-os.environ["HF_TOKEN"] = "hf_loopback"
-
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import transformers
 
-from tests.support.helpers import ROOT, small_model, small_tokenizer
-from tools.real_models import load_real_hybrid_model, load_real_model
+from tests.support.hub import Hub
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+# Nothing here imports transformers before it is needed: the process that only hands tests to others starts at once.
+# The Hub that transformers asks is this one, and what it downloads does not mix with the user's.
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sink-cache-tests-")
+os.environ["HF_TOKEN"] = "hf_loopback"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_report_header() -> str:
-    return f"transformers {transformers.__version__}"
+    return f"transformers {metadata.version('transformers')}"
 
 
 @pytest.fixture(scope="session")
 def real_model():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    return load_real_model()
+    from tools import real_models
+
+    return real_models.load(real_models.SMOLLM2)
 
 
 @pytest.fixture(scope="session")
 def real_hybrid_model():
     """Gemma 3 270M in float32, and its tokenizer."""
+    from tools import real_models
+
     try:
-        return load_real_hybrid_model()
+        return real_models.load(real_models.GEMMA)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -60,12 +60,16 @@ def carrier(tmp_path_factory) -> Path:
 
     Its model says nothing but lower-case letters.
     """
+    from transformers import GenerationConfig
+
+    from tests.support.helpers import small_model, small_tokenizer
+
     folder = tmp_path_factory.mktemp("model") / "carrier"
     tokenizer = small_tokenizer()
     words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     small_model(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    transformers.GenerationConfig(
+    GenerationConfig(
         window_length=16,
         num_sink_tokens=4,
         bos_token_id=1,

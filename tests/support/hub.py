@@ -1,7 +1,7 @@
 """A Hub on the loopback address: what huggingface_hub asks of a server for model repositories, and no more.
 
 Files stand in memory. It speaks as the real one does to `huggingface_hub` 0.30 to 2.x: files at a revision, with their
-commit and ETag; what a repository has; commits of files sent as they are.
+commit and ETag; what a repository has; commits of files sent as they are; tags.
 """
 
 import base64
@@ -24,6 +24,7 @@ class Hub:
 
     def __init__(self):
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.tags: dict[str, dict[str, str]] = {}  # by repository, the commit of each
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -44,10 +45,11 @@ class Hub:
         )
 
     def at(self, repo: str, revision: str) -> Optional[tuple[str, dict[str, bytes]]]:
-        """The commit hash and files of `repo` at `revision`, a hash or "main"."""
+        """The commit hash and files of `repo` at `revision`, a hash, a tag or "main"."""
         commits = self.repositories.get(repo, [])
         if commits == [] and repo in self.repositories:  # made, and nothing committed yet
             commits = [("0" * 40, {})]
+        revision = self.tags.get(repo, {}).get(revision, revision)
         return next((commit for commit in reversed(commits) if revision in ("main", commit[0])), None)
 
 
@@ -111,6 +113,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def revision(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
         self.answer(body={"id": repo, "sha": sha, "tags": [], "siblings": [{"rfilename": name} for name in files]})
+
+    def refs(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
+        tags = [
+            {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
+            for name, commit in self.hub.tags.get(repo, {}).items()
+        ]
+        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": sha}
+        self.answer(body={"branches": [main], "converts": [], "tags": tags})
+
+    def tag(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
+        tags, name = self.hub.tags.setdefault(repo, {}), json.loads(body)["tag"]
+        if name in tags:
+            return self.answer(409, {"error": f"{name} exists"})
+        tags[name] = sha
+        self.answer(body={})
 
     def tree(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
         inside = {name: content for name, content in files.items() if name.startswith("/".join(path))}
