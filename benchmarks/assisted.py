@@ -3,8 +3,9 @@
     make assisted                                   SmolLM2-135M-Instruct, window 512
     make assisted ARGS="--memory"                   random models: an assistant's memory over 20,000 tokens
 
-The text repeats itself, as it does where code is written again with a name changed: SmolLM2-135M-Instruct is asked for
-that behind some documentation that fills the window. Both say the same tokens, or the benchmark fails.
+The text repeats itself, as it does where code is written again: SmolLM2-135M-Instruct is asked to rename a variable,
+behind some documentation that fills the window, and says nearly what was there. Both say the same tokens, up to the
+model's own end, or the benchmark fails.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def tokens_a_second(arguments: Namespace) -> None:
     ).input_ids
     ids = torch.cat([before, request], dim=1).to(arguments.device)
     settings = dict(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False)
-    settings |= dict(max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens)
+    settings |= dict(max_new_tokens=arguments.tokens)
     modes = {"greedy": {}, "prompt lookup": {"prompt_lookup_num_tokens": arguments.drafts}}
     said = {}
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--model", help="a model id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--memory", action="store_true", help="measure an assistant's memory, and no time")
     parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, help="to generate (default: 256, or 20,000 for memory)")
+    parser.add_argument("--tokens", type=int, help="to generate at most (default: 256, or 20,000 for memory)")
     parser.add_argument("--drafts", type=int, default=10, help="`prompt_lookup_num_tokens`")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parsed(parser)
