@@ -1543,6 +1543,11 @@ def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwar
             f"`{name}` fails in transformers {transformers.__version__} with any cache: an argument is left out there. "
             "Update transformers, or use `prompt_lookup_num_tokens` or an `assistant_model`."
         )
+    if kwargs.get("assistant_tokenizer") is not None and resolve_setting(model, kwargs, "do_sample"):
+        raise ValueError(
+            "`assistant_tokenizer` can't be used with `do_sample`: transformers puts another head and other embeddings "
+            "into the assistant then, for good. Leave one of them out, or use an assistant with the model's tokenizer."
+        )
     if is_synced(model, kwargs.get("synced_gpus")):
         raise ValueError(
             f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "

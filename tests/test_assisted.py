@@ -266,6 +266,11 @@ def test_an_assistant_with_another_tokenizer():
 REFUSED = [
     (dict(use_mtp=True), ValueError, "`use_mtp` can't be used in a stream"),
     (dict(prompt_lookup_num_tokens=16), ValueError, r"`prompt_lookup_num_tokens` must be less than.*\(16\), got 16"),
+    (
+        dict(assistant_model=target(), tokenizer=words(211), assistant_tokenizer=words(151), do_sample=True),
+        ValueError,
+        "`assistant_tokenizer` can't be used with `do_sample`.*another head",
+    ),
     (dict(assistant_model=torch.nn.Linear(1, 1)), TypeError, "`assistant_model` must be a transformers.*got Linear"),
 ]
 
