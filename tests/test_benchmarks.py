@@ -1,6 +1,7 @@
-"""The benchmark of perplexity goes on where it was cut off, and measures what it says."""
+"""The benchmark of perplexity goes on where it was cut off, and measures what it says. All of them run."""
 
 import csv
+import importlib
 import math
 import sys
 import time
@@ -69,3 +70,21 @@ def test_perplexity_is_that_of_the_next_token(measured, carrier, tmp_path):
             losses.append(-logits.log_softmax(-1)[ids[0, token + 1]].item())
     for row, expected in zip(rows(tmp_path / "out"), (losses[:64], losses[64:])):
         assert math.isclose(float(row["nll"]), sum(expected) / 64, abs_tol=2e-5)
+
+
+SHORT = {
+    "update": "--device cpu --window-length 32 --rounds 1",
+    "decode": "--device cpu --model tiny --batch 1 --window-length 32 --rounds 1 --contestants ours dynamic",
+    "prefill": "--device cpu --model tiny --window-length 32 --windows 2 --chunk-size 8 --rounds 1",
+    "flat": "--device cpu --model tiny --window-length 32 --tokens 400",
+    "endless": "--tokens 40",
+    "assisted": "--device cpu --memory --window-length 32 --tokens 200",
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_form_of_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *SHORT[name].split()])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert len(capsys.readouterr().out.splitlines()) >= 2
