@@ -10,9 +10,10 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
+from packaging.version import Version
 
 from custom_generate.generate import SinkCache
-from tests.support.helpers import ROOT
+from tests.support.helpers import RELEASE, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +49,9 @@ def test_it_goes_on_where_it_was_cut_off(measured, tmp_path):
         while len(rows(tmp_path / "cut")) < cut_at:
             assert cut.isalive(), cut.read()
             time.sleep(0.01)
-        cut.sendintr()
-        cut.read()
+        while cut.isalive():  # Python drops an interrupt that comes while it collects garbage
+            cut.sendintr()
+            cut.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=1)
         assert cut_at <= len(rows(tmp_path / "cut")) < len(expected)
     assert "sink cache" in measured(tmp_path / "cut", *caches).read()
     assert rows(tmp_path / "cut") == expected
@@ -82,6 +84,7 @@ SHORT = {
 }
 
 
+@pytest.mark.skipif(RELEASE < Version("5.23"), reason="all but the one of perplexity are for the newest release")
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_form_of_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)

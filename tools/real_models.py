@@ -80,7 +80,7 @@ def let_transformers_4_read(folder: Path) -> None:
     config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "torch_dtype": config.pop("dtype")}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
 
 
