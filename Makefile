@@ -45,7 +45,7 @@ quick: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
 
 matrix: .venv/ready $(MODEL) $(HYBRID)
-	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 1.6 GB.'
+	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 0.8 GB.'
 	.venv/bin/nox $(if $(ARGS),-- $(ARGS))
 
 lint: .venv/ready

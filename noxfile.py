@@ -46,9 +46,12 @@ def tests(session: nox.Session, release: str) -> None:
     shared = Path(sysconfig.get_path("purelib"))
     libraries = next(Path(session.virtualenv.location).glob("lib/python*/site-packages"))
     (libraries / "shared.pth").write_text(str(shared))
-    if not any((place / f"transformers-{release}.dist-info").exists() for place in (libraries, shared)):
+    information = f"transformers-{release}.dist-info"
+    if not (libraries / information).exists():
+        # The shared release too, as its program `transformers` is tried.
+        again = ["--ignore-installed", "--no-deps"] if (shared / information).exists() else []
         # Python compiles what is imported; all of it takes as long as the rest of the installation.
-        session.install("--quiet", "--no-compile", f"transformers=={release}")
+        session.install("--quiet", "--no-compile", *again, f"transformers=={release}")
 
     suite, selected = ("all", []) if release in ENDS else ("not slow", ["-m", "not slow"])
     if release != RELEASES[-1]:

@@ -110,25 +110,23 @@ def test_ranks_without_a_process_group_fail_before_a_forward_pass():
     assert passes == [] and cache.get_seq_length() == 0
 
 
-def a_rank(number: int, folder: str, sharded: bool) -> None:
-    """Answer two turns as one of two processes; write down what was said."""
+def a_rank(number: int, folder: str) -> None:
+    """Answer two turns as one of two processes, with each kind of model; write down what was said."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=number, world_size=2, timeout=timedelta(seconds=60)
     )
-    model = small_model()
-    if sharded:
-        torch.distributed.fsdp.fully_shard(model)
-    else:  # as a sharded model, each layer waits for all ranks
-        for layer in model.model.layers:
-            layer.register_forward_pre_hook(lambda *args: torch.distributed.all_reduce(torch.zeros(1)))
-    said, cache = [], SinkCache(16, 4)
-    conversation = prompt(0)
-    for prompt_length, max_new_tokens in turns_of(number):
-        ids = torch.cat([conversation, prompt(prompt_length, seed=number)], dim=1)
-        conversation = answer(model, cache, ids, max_new_tokens, synced_gpus=True).sequences
-        said.append(conversation)
-    torch.save(said, f"{folder}/said-{number}")
+    sharded, waiting = small_model(), small_model()
+    torch.distributed.fsdp.fully_shard(sharded)
+    for layer in waiting.model.layers:  # as in a sharded model, each layer waits for all ranks
+        layer.register_forward_pre_hook(lambda *args: torch.distributed.all_reduce(torch.zeros(1)))
+    for name, model in {"sharded": sharded, "waiting": waiting}.items():
+        said, cache, conversation = [], SinkCache(16, 4), prompt(0)
+        for prompt_length, max_new_tokens in turns_of(number):
+            ids = torch.cat([conversation, prompt(prompt_length, seed=number)], dim=1)
+            conversation = answer(model, cache, ids, max_new_tokens, synced_gpus=True).sequences
+            said.append(conversation)
+        torch.save(said, f"{folder}/{name}-{number}")
     torch.distributed.destroy_process_group()
 
 
@@ -138,13 +136,12 @@ def turns_of(number: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["hooks", "fully_shard"])
-def test_two_processes(sharded, tmp_path):
-    torch.multiprocessing.spawn(a_rank, (str(tmp_path), sharded), nprocs=2)
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(a_rank, (str(tmp_path),), nprocs=2)
     for number in range(2):
         model, cache, conversation = small_model(), SinkCache(16, 4), prompt(0)
-        said = torch.load(tmp_path / f"said-{number}")
-        for sequences, (prompt_length, max_new_tokens) in zip(said, turns_of(number)):
+        said = zip(*(torch.load(tmp_path / f"{name}-{number}") for name in ("sharded", "waiting")))
+        for both, (prompt_length, max_new_tokens) in zip(said, turns_of(number)):
             ids = torch.cat([conversation, prompt(prompt_length, seed=number)], dim=1)
             conversation = answer(model, cache, ids, max_new_tokens).sequences
-            assert torch.equal(sequences, conversation)
+            assert all(torch.equal(sequences, conversation) for sequences in both)
