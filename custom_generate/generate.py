@@ -613,16 +613,20 @@ class SinkLayer(CacheLayerMixin):
             old_keys, old_values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
         else:
             old_keys, old_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
-        keys, values = torch.cat([old_keys, key_states], dim=2), torch.cat([old_values, value_states], dim=2)
+        keys, values = [old_keys, key_states], [old_values, value_states]
         evicted = Evicted(plan.end, plan.length)
-        gone = slice(keys.shape[2] - self.ring.window.recent)
-        if plan.sees_copies and gone.stop > 0:  # of the old and the new tokens, the last `recent` stay
-            evicted = replace(evicted, keys=keys[:, :, gone].clone(), values=values[:, :, gone].clone())
+        gone = plan.num_recent + plan.length - self.ring.window.recent
+        if plan.sees_copies and gone > 0:  # of the old and the new tokens, the last `recent` stay
+            new = slice(max(gone - plan.num_recent, 0))
+            evicted_keys, evicted_values = (
+                torch.cat([old[:, :, :gone], states[:, :, new]], dim=2) for old, states in (keys, values)
+            )
+            evicted = replace(evicted, keys=evicted_keys, values=evicted_values)
         self._write(key_states, value_states, plan, self._recorded(evicted))
-        if plan.sees_copies and self.ring.window.num_sinks > 0:
+        if plan.sees_copies and self.ring.window.num_sinks > 0:  # whose sinks may be among the new tokens
             key_copies, value_copies = self._sink_copies(plan)
-            keys, values = torch.cat([key_copies, keys], dim=2), torch.cat([value_copies, values], dim=2)
-        return keys, values
+            keys, values = [key_copies, *keys], [value_copies, *values]
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, evicted: Evicted) -> None:
         """Put new tokens into their slots. Wherever this is cut short, `evicted` tells what was begun."""
