@@ -2041,20 +2041,14 @@ class Stream:
     # An update
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        cache_kwargs: Optional[dict[str, Any]] = None,
-        *args,
-        **kwargs,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SinkCache.update`."""
+        """See `SinkCache.update`; `args` and `kwargs` are for layers of transformers' own."""
         layer = self.layers[layer_idx]
         if self.in_compiled_step:
             return layer.write_compiled(key_states, value_states)
         if not isinstance(layer, SinkLayer):
-            return layer.update(key_states, value_states, cache_kwargs, *args, **kwargs)
+            return layer.update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._update_untraced(layer, key_states, value_states)
         return self._update(layer, key_states, value_states)
@@ -2108,8 +2102,9 @@ class Stream:
         for ring in self.rings:
             ring.place_sinks(plan.sink_shifts)
             ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
+        evicted = Evicted(plan.end, 1)  # tells `settle` of a step that was cut short
         for layer in self.layers:
-            layer.evicted = Evicted(plan.end, 1)  # tells `settle` of a step that was cut short
+            layer.evicted = evicted
         if self._slots_mask is None:
             seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
             filled = torch.arange(self.window.length, dtype=torch.long, device=device) <= seen
@@ -2300,13 +2295,7 @@ class UnboundLayers:
         return self.keys + self.values
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        cache_kwargs: Optional[dict[str, Any]] = None,
-        *args,
-        **kwargs,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: Any, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SinkCache.update`."""
         cache_kwargs = cache_kwargs or {}
@@ -3218,7 +3207,7 @@ class StreamedCall:
         self.mask_given, self.embeddings = False, None
         self.prompt_is_next, self.handed_on = True, False
         self.uncompiled = uncompiled_code(model)
-        self.compiled = is_compiled(model) and not assisted and self._can_step_in_tensors
+        self.compiled = not assisted and self._can_step_in_tensors and is_compiled(model)
 
     @staticmethod
     def _in_place_of(method: Callable, ours: Callable) -> Callable:
@@ -3301,8 +3290,8 @@ class StreamedCall:
 
     @property
     def _can_step_in_tensors(self) -> bool:
-        """Whether single tokens can go in by compiled code: by tensors alone, with a mask."""
-        return self.stream.has_sinks_only and takes_masks(self.model)
+        """Whether single tokens can go in by compiled code: by tensors alone, with a mask, and nothing recorded."""
+        return self.stream.has_sinks_only and takes_masks(self.model) and not self.stream.record_past
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""

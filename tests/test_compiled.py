@@ -90,6 +90,15 @@ def test_no_compilation_where_it_is_disabled():
     assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []
 
 
+def test_no_compilation_where_the_past_is_recorded():
+    model, graphs = small_model(num_hidden_layers=1), []
+    cache = SinkCache(16, 4).bind(model)
+    cache.activate_past_recording()
+    sequences = stream(model, prompt(5), cache, compile_config=tracing(graphs))
+    assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []
+    cache.crop(max_length=cache.get_seq_length() - 8)  # of which a compiled step would keep one
+
+
 @pytest.mark.skipif(RELEASE < Version("4.56"), reason="until 4.55 no layers of several kinds are served")
 def test_no_compilation_with_layers_that_slide():
     kinds = ["full_attention", "sliding_attention", "full_attention"]
