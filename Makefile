@@ -7,7 +7,7 @@ OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m
 MODEL := .cache/SmolLM2-135M-Instruct
 
-.PHONY: help demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted flat endless peers push clean
+.PHONY: help demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted turns flat endless peers push clean
 
 help:
 	@echo 'make demo     a story past a small window, and what the sinks are for   (ARGS="--window-length 256 --max-new-tokens 2000")'
@@ -25,6 +25,7 @@ help:
 	@echo 'make recall       what a window forgets: questions about lines some way back'
 	@echo 'make prefill      what the chunks of a long prompt take in time and memory, beside one forward pass'
 	@echo "make assisted     tokens a second with and without drafts, and an assistant's memory"
+	@echo 'make turns        seconds to the first token of each turn, for clients that send the whole conversation again'
 	@echo 'make update       what an update of the cache costs, beside the one that it replaces'
 	@echo 'make decode       what a decoded token takes, eager and compiled, beside the caches of transformers'
 	@echo 'make flat         a million tokens, and whether time and memory stay what they were'
@@ -63,6 +64,9 @@ recall: .venv/ready .cache/plot $(MODEL)
 # All of these measure a GPU if there is one.
 prefill assisted decode flat: .venv/ready $(MODEL)
 	.venv/bin/python -m benchmarks.$@ $(ARGS)
+
+turns: .venv/ready .cache/plot $(MODEL)
+	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.turns $(ARGS)
 
 update endless: .venv/ready
 	.venv/bin/python -m benchmarks.$@ $(ARGS)

@@ -26,7 +26,8 @@ Words, each with one meaning:
 A list or a dimension named `rows` has one entry for each row of the batch, or a single one where all rows agree.
 
 Contents: the window, one update of it, and rotations; releases of transformers; layers; reading a model; refusals;
-`Stream`, which is a cache at work; the class of transformers<4.53; files; `SinkCache`; `generate`.
+`Stream`, which is a cache at work; the class of transformers<4.53; files; conversations kept between calls;
+`SinkCache`; `generate`.
 """
 
 import contextlib
@@ -760,6 +761,16 @@ def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def own_tensors(layer: Any) -> list[torch.Tensor]:
+    """The tensors of which a layer consists. Those of a `SinkLayer` are its ring's, which it shares with others."""
+    if not isinstance(layer, SinkLayer):
+        return list(layer_tensors(layer).values())
+    ring, evicted = layer.ring, layer.evicted
+    tensors = [ring.keys, ring.values, ring.sinks, evicted.keys, evicted.values]
+    tensors += [tensor for name, tensor in layer_tensors(layer).items() if name not in ("keys", "values")]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 def restore_layer(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
     """Have a new layer hold these `layer_tensors` of `seen` columns."""
     if isinstance(layer, SinkLayer):
@@ -941,9 +952,16 @@ def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
         frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if frequencies else []
         values += [id(code) for code in (vars(module).get("forward"), type(module).forward, *hooks)]
-        plain = {name: value for name, value in vars(module).items() if type(value) in (bool, int, float, str)}
+        plain = {name: copy.deepcopy(value) for name, value in vars(module).items() if _is_plain(value)}
         values += [frequencies, plain]
     return references, values
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a setting that can be compared: a number, a text, or a list or dict of some."""
+    if type(value) in (dict, list, tuple):
+        return len(value) > 0 and all(map(_is_plain, value.values() if type(value) is dict else value))
+    return type(value) in (bool, int, float, str)
 
 
 def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -> bool:
@@ -1336,14 +1354,14 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any) -> int:
-    """The number of tokens that `value` is, in whatever type of integers; TypeError if it is none."""
+def integer(name: str, value: Any, of: str = "tokens") -> int:
+    """The number that `value` is, in whatever type of integers; TypeError if it is none."""
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"`{name}` must be an int (a number of tokens), got {value!r}.") from None
+        raise TypeError(f"`{name}` must be an int (a number of {of}), got {value!r}.") from None
 
 
 def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
@@ -1360,6 +1378,14 @@ def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
             f"the sinks too, got {num_sink_tokens}."
         )
     return Window(window_length, num_sink_tokens)
+
+
+def checked_number_kept(kept_conversations: Any) -> int:
+    """The number that this argument of `generate` is."""
+    number = integer("kept_conversations", kept_conversations, of="conversations")
+    if number < 0:
+        raise ValueError(f"`kept_conversations` must be at least 0, got {number}.")
+    return number
 
 
 def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
@@ -1667,6 +1693,8 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
 # The model's inputs with an entry for each column, and the dimension in which they have it.
 PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
 PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
+KNOWN_BY_IDS = {"input_ids", "attention_mask", "past_key_values", "use_cache", "cache_position"}
+KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
 
 
 def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
@@ -1681,6 +1709,22 @@ def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
         if isinstance(sliced.get(name), torch.Tensor):
             sliced[name] = sliced[name][..., columns] if dim == -1 else sliced[name][:, columns]
     return sliced
+
+
+def cut_at(chunks: list[slice], column: int) -> list[slice]:
+    """The columns of these chunks in chunks of which one ends before `column`, if it is among them."""
+    ends = sorted({chunk.stop for chunk in chunks} | {min(max(column, 0), chunks[-1].stop)} - {0})
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def is_text(inputs: dict[str, Any]) -> bool:
+    """Whether the model's inputs are known by their ids and the mask: no images, and no tokens of another type."""
+    for name, value in inputs.items():
+        if value is None or name in KNOWN_BY_IDS:
+            continue
+        if name not in ("token_type_ids", "mm_token_type_ids") or value.any():
+            return False
+    return True
 
 
 def refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
@@ -1864,10 +1908,23 @@ class Stream:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that hold something of a token."""
-        tensors = [tensor for layer in self.layers for tensor in layer_tensors(layer).values()]
-        tensors += [ring.sinks for ring in self.rings]
-        tensors += [states for layer in self.sink_layers for states in (layer.evicted.keys, layer.evicted.values)]
-        return [tensor for tensor in tensors if tensor is not None]
+        return list({id(tensor): tensor for layer in self.layers for tensor in own_tensors(layer)}.values())
+
+    @torch.inference_mode(False)
+    def copied(self, on_cpu: bool = False) -> "Stream":
+        """A copy of its own memory, without a transcript: where the model's layers are, or on the CPU."""
+        copied = self.renewed()
+        copied.pads, copied.padding_known, copied.offsets = self.pads, self.padding_known, self.offsets
+        copied.has_evicted = self.has_evicted
+        # What deepcopy finds here it takes instead of a copy of its own.
+        memo: dict[int, Any] = {id(rotation): rotation for rotation in self.traits.rotations}
+        for layer, layout in zip(self.layers, self.traits.layouts):
+            device = torch.device("cpu") if on_cpu or not layout else layout[0][-1]
+            for tensor in own_tensors(layer):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = tensor.detach().to(device, copy=True)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
 
     # What the model is given for an update
 
@@ -1900,7 +1957,9 @@ class Stream:
             return 1
         return self.ceiling - min(start, self.window.num_sinks)
 
-    def chunks(self, length: int, takes_masks: bool, chunk_size: Optional[int], least_last: int) -> list[slice]:
+    def chunks(
+        self, length: int, takes_masks: bool, chunk_size: Optional[int], least_last: int, together: int = 0
+    ) -> list[slice]:
         """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
 
         How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each
@@ -1912,6 +1971,7 @@ class Stream:
             takes_masks: whether the model's attention does. If not, what evicts goes in token by token.
             chunk_size: `prefill_chunk_size` of `generate`.
             least_last: how many tokens the last update must have at least.
+            together: how many of the last tokens come in one update, as far as a chunk holds them.
         """
         start, window, continues = self.seen, self.window, self.traits.continues_states
         default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
@@ -1922,6 +1982,7 @@ class Stream:
             free = fits - sum(sizes) if continues or start + sum(sizes) == 0 else 0
             size = min(free, chunk_size or free) if free > 0 else evicting
             sizes.append(min(size, length - sum(sizes)))
+        least_last = max(least_last, min(together, evicting))
         while sizes[-1] < least_last and len(sizes) > 1:
             last = sizes.pop()
             moved = min(least_last - last, sizes[-1])
@@ -2717,6 +2778,170 @@ def _refuse_damaged_layers(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations kept between calls of `generate`
+# ---------------------------------------------------------------------------------------------------------------------
+
+# So many tokens a chat template may put before an answer and leave out of it later, as an empty thought.
+ANSWER_PREFIX = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """What keys and values rest on beside the tokens. Conversations of different ones never meet.
+
+    Args:
+        window: which tokens are kept.
+        rotations: of the traits. While they are the same object, so are the model's modules, settings and adapters.
+        weights: `some_numbers` of the model.
+        autocast: whether autocast is on, and to which dtype.
+    """
+
+    window: Window
+    rotations: list[Optional[Rotation]]
+    weights: bytes
+    autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, stream: Stream) -> "Basis":
+        """That of a `stream` of `model` now."""
+        device = input_device(model).type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return cls(stream.window, stream.traits.rotations, some_numbers(model), autocast)
+
+    def equals(self, other: "Basis") -> bool:
+        same = (self.window, self.weights, self.autocast) == (other.window, other.weights, other.autocast)
+        return same and self.rotations is other.rotations
+
+
+def some_numbers(model: PreTrainedModel) -> bytes:
+    """16 numbers of each weight and buffer, which tell of those that were changed behind torch's back (`.data`)."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        # Left out are those that accelerate keeps elsewhere until they are needed, and those that are no plain tensors.
+        if type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.numel() > 0:
+            numbers = weight.data.reshape(-1)[:: max(weight.numel() // 16, 1)]
+            by_device.setdefault(weight.device, []).append(numbers.float())
+    return b"".join(torch.cat(numbers).cpu().numpy().tobytes() for numbers in by_device.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """A conversation as it was after its latest prompt, and after the answer.
+
+    Args:
+        ids: int32 `[batch, columns]` on the CPU, all that were seen: 4 bytes for each.
+        basis: what it rests on.
+        places: its streams as they were there, the latest last. They never change, since calls go on in copies.
+    """
+
+    ids: torch.Tensor
+    basis: Basis
+    places: list[Stream]
+
+    def common_length(self, ids: torch.Tensor) -> int:
+        """How many of the first columns of `ids`, int32 `[batch, length]`, are those of this conversation."""
+        length = min(ids.shape[1], self.ids.shape[1])
+        others = (ids[:, :length] != self.ids[:, :length]).any(dim=0).nonzero()
+        return int(others[0]) if len(others) > 0 else length
+
+    def nearest(self, ids: torch.Tensor, pads: list[int], most: int) -> tuple[int, Optional[Stream]]:
+        """Where `ids` can go on with least to read: after which column, at most `most`, and in a copy of which place.
+
+        Args:
+            ids: int32 `[batch, length]`.
+            pads: `[rows]`, the columns of left padding.
+        """
+        if len(ids) != len(self.ids):
+            return 0, None
+        common = min(self.common_length(ids), most)
+        ends = [(min(common, place.seen), place) for place in self.places if place.pads in (pads, pads * len(ids))]
+        possible = [(end, place) for end, place in ends if end == place.seen or place.can_end_at(end)]
+        return max(possible, key=lambda found: found[0], default=(0, None))
+
+
+class KeptConversations:
+    """The conversations kept on one model, the one that was used longest ago first."""
+
+    # Of each model. None outlives its model.
+    of_models: "weakref.WeakKeyDictionary[PreTrainedModel, KeptConversations]" = weakref.WeakKeyDictionary()
+
+    def __init__(self):
+        self.conversations: list[Conversation] = []
+        self._changing = threading.Lock()
+
+    def put(self, conversation: Conversation, before: Optional[Conversation], number: int) -> None:
+        """Keep a conversation, and `number` in all.
+
+        Args:
+            before: the one that it began in, if any. It goes if all of its prompt is in this one. Else it may be
+                another that begins alike, and stays as long as there is room.
+        """
+        with self._changing:
+            kept = [other for other in self.conversations if other is not before]
+            if len(kept) < len(self.conversations) and conversation.common_length(before.ids) < before.places[0].seen:
+                kept = [before, *kept]
+            self.conversations = [*kept, conversation][-number:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that their tensors take."""
+        tensors = [conversation.ids for conversation in self.conversations]
+        places = {id(place): place for conversation in self.conversations for place in conversation.places}
+        tensors += [tensor for place in places.values() for tensor in place.tensors()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Keeper:
+    """What one call of `generate` takes from the conversations kept on its model, and what it leaves there.
+
+    Clients send the whole conversation each time, and may send answers back changed: thoughts are left out, and text
+    becomes other tokens. So a conversation is kept at two places, after the prompt and after the answer.
+
+    Args:
+        model: what generates.
+        number: how many conversations are kept at most.
+        on_cpu: whether they are kept in the memory of the CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, number: int, on_cpu: bool):
+        self.model, self.number, self.on_cpu = model, number, on_cpu
+        self.kept = KeptConversations.of_models.setdefault(model, KeptConversations())
+        self.basis: Optional[Basis] = None
+        self.places: list[Stream] = []
+        self.before: Optional[Conversation] = None
+
+    def resume(self, stream: Stream, ids: torch.Tensor, pads: list[int], most: int) -> Stream:
+        """A stream that has seen the first columns of a prompt, at most `most`; the new `stream` if none was kept.
+
+        Args:
+            ids: int64 `[batch, columns]`, the prompt.
+            pads: `[rows]`, its columns of left padding.
+        """
+        self.basis, ids = Basis.of(self.model, stream), ids.to("cpu", torch.int32)
+        alike = [other for other in self.kept.conversations if other.basis.equals(self.basis)]
+        found = [(*conversation.nearest(ids, pads, most), conversation) for conversation in alike]
+        end, place, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
+        if place is None:
+            return stream
+        self.before = conversation
+        if end == place.seen:
+            self.places = [place]
+        resumed = place.copied()
+        if end < resumed.seen:
+            resumed.take_back(end)
+        resumed.record_past = stream.record_past
+        return resumed
+
+    def keep(self, stream: Stream, ids: torch.Tensor) -> None:
+        """Keep a `stream` as it is now, which has seen these columns: `[batch, columns seen]`."""
+        if not self.places or self.places[-1].seen < stream.seen:
+            self.places = [*self.places, stream.copied(self.on_cpu)][-2:]
+        conversation = Conversation(ids.to("cpu", torch.int32, copy=True), self.basis, self.places)
+        self.kept.put(conversation, self.before, self.number)
+        self.before = conversation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SinkCache: the cache that transformers and users see
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3066,6 +3291,21 @@ class SinkCache(Cache):
         state, tensors = pack(stream)
         write_file(path, tensors, {"sink_cache": json.dumps(state)})
 
+    @staticmethod
+    def kept_nbytes(model: PreTrainedModel) -> int:
+        """Bytes of memory that the conversations take which `generate` keeps on `model` (`kept_conversations`).
+
+        Each has at most two windows, those after its latest prompt and after the answer, with what the latest update of
+        them evicted, and 4 bytes for each token of the conversation.
+        """
+        kept = KeptConversations.of_models.get(unwrapped(model))
+        return 0 if kept is None else kept.nbytes
+
+    @staticmethod
+    def forget_kept(model: PreTrainedModel) -> None:
+        """Forget the conversations that `generate` keeps on `model`."""
+        KeptConversations.of_models.pop(unwrapped(model), None)
+
     @classmethod
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
         """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
@@ -3166,10 +3406,12 @@ class StreamedCall:
         chunk_size: `prefill_chunk_size` of `generate`.
         progress: whether to show a progress bar while a long prompt goes in.
         assisted: whether the loop takes tokens back.
+        keeper: of the conversations kept on the model; None if the cache was given, or none are to be kept.
 
     Attributes:
         stand_in: what the decoding loop runs on.
         stream: the cache at work.
+        kept_at: after how many columns the conversation is kept next; None if it isn't.
         columns, columns_not_passed: of the conversation, as the loop was given it; see `prompt_columns`.
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, if there are some.
@@ -3195,8 +3437,10 @@ class StreamedCall:
         chunk_size: Optional[int] = None,
         progress: bool = False,
         assisted: bool = False,
+        keeper: Optional[Keeper] = None,
     ):
         self.model, self.cache, self.chunk_size, self.progress = model, cache, chunk_size, progress
+        self.assisted, self.keeper, self.kept_at = assisted, keeper, None
         self.stand_in = shared(model)
         # A model loaded from a repository that carries this file has `generate` below in its own place.
         vars(self.stand_in).pop("generate", None)
@@ -3235,6 +3479,8 @@ class StreamedCall:
                     "`past_key_values` on to that of transformers, so nothing was streamed. Have it pass on the "
                     "arguments that it doesn't know."
                 )
+            if self.keeper is not None and not self.prompt_is_next:
+                self._keep()
             return output
         finally:
             stream = self.stream
@@ -3256,6 +3502,8 @@ class StreamedCall:
                 self.stream.take_back(end)
             self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
             self.prompt_is_next = self.handed_on = True
+            if self.stream.seen > 0 or not is_text(model_kwargs):
+                self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs) -> Any:
@@ -3297,12 +3545,17 @@ class StreamedCall:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
         if kwargs.get("past_key_values") is not self.cache:  # a generation within this one, as token healing does
             return self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        stream, is_prompt = self.stream, self.prompt_is_next
-        start, end = stream.seen, self.columns_not_passed + input_ids.shape[1]
+        is_prompt, end = self.prompt_is_next, self.columns_not_passed + input_ids.shape[1]
         self.prompt_is_next = False
+        if is_prompt:
+            pads = left_padding(kwargs.get("attention_mask"), self.mask_given)
+            if self.keeper is not None:
+                self.cache._hold(self.keeper.resume(self.stream, input_ids, pads, most=self.columns - 1))
+        stream = self.stream
+        start = stream.seen
         self._compile_step(self.compiled and not is_prompt)
         if is_prompt:
-            stream.begin(len(input_ids), left_padding(kwargs.get("attention_mask"), self.mask_given))
+            stream.begin(len(input_ids), pads)
             stream.refuse_other_ids(input_ids, end)
         elif kwargs.get("position_ids") is None:  # 5.3 makes them of the mask, which is taken away after each step
             positions = stream.natural_positions(end - start)
@@ -3336,7 +3589,14 @@ class StreamedCall:
                 logits of these and of the token before them, so they come in one chunk.
         """
         stream, length = self.stream, new_tokens(inputs).shape[1]
-        chunks = stream.chunks(length, takes_masks(self.model), self.chunk_size, least_last=new_columns + 1)
+        # What a template may leave out later comes in one update, to be taken back then.
+        together = 0 if self.keeper is None else ANSWER_PREFIX
+        chunks = stream.chunks(length, takes_masks(self.model), self.chunk_size, new_columns + 1, together)
+        if self.keeper is not None:
+            self.kept_at = self.columns
+            if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
+                self.kept_at -= ANSWER_PREFIX  # it can't be taken back, so the prompt is kept before it
+                chunks = cut_at(chunks, self.kept_at - stream.seen)
         refuse_media(inputs, chunks)
         stream.refuse_other_positions(inputs.get("position_ids"))
         recording = stream.record_past
@@ -3350,6 +3610,18 @@ class StreamedCall:
         for chunk in transformers.logging.tqdm(chunks, desc="prompt", unit="chunk", disable=not self.progress):
             chunk_inputs = self.stream.inputs_for_step(self.stand_in, slice_inputs(inputs, chunk))
             self.stand_in(**chunk_inputs, return_dict=True)
+            self._keep_prompt()
+
+    def _keep_prompt(self) -> None:
+        """Keep the conversation if this is where its prompt is kept."""
+        if self.kept_at is not None and self.kept_at == self.stream.seen:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keep the conversation as it is now."""
+        self.kept_at = None
+        stream = self.stream
+        self.keeper.keep(stream, stream.transcript.ids[:, : stream.seen])
 
     def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
@@ -3358,6 +3630,7 @@ class StreamedCall:
             return kwargs
         if self.stream.in_compiled_step:
             self.stream.count_compiled_token()
+        self._keep_prompt()
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
@@ -3516,6 +3789,8 @@ def generate(
     window_length: Optional[int] = None,
     num_sink_tokens: Optional[int] = None,
     prefill_progress: bool = False,
+    kept_conversations: Optional[int] = None,
+    offload_kept_conversations: Optional[bool] = None,
     **kwargs,
 ) -> Any:
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
@@ -3536,6 +3811,12 @@ def generate(
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
             of the sequence.
         prefill_progress (`bool`, defaults to `False`): show a progress bar while a long prompt goes in.
+        kept_conversations (`int`, defaults to that of the generation config, or 0): how many conversations are kept on
+            the model between calls. A call without `past_key_values` that begins with the tokens of one goes on in it,
+            and reads only what is new. That is for servers and clients that send the whole conversation each time.
+            `SinkCache.kept_nbytes(model)` is the memory that they take, `SinkCache.forget_kept(model)` frees it.
+        offload_kept_conversations (`bool`, defaults to that of the generation config, or `False`): keep them in the
+            memory of the CPU, so that a GPU holds one window.
         kwargs: all that `model.generate` takes. Of special meaning:
             past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
                 error. The conversation so far comes again as `input_ids`, or its new tokens only with the
@@ -3556,9 +3837,13 @@ def generate(
         ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
             generation, and leave what was passed as it was.
     """
+    keeping = {
+        "kept_conversations": kept_conversations,
+        "offload_kept_conversations": offload_kept_conversations,
+    }
     if args:
         own = (model, window_length, num_sink_tokens, prefill_progress)
-        return generate(**_by_name(args, dict(zip(OWN_ARGUMENTS, own)) | kwargs))
+        return generate(**_by_name(args, dict(zip(OWN_ARGUMENTS, own)) | keeping | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     model = unwrapped(model)
     loop = _generate_behind(model)
@@ -3573,14 +3858,17 @@ def generate(
         return loop.__get__(model)(**kwargs)
     model = model if around is None else around.model
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    cache = kwargs.pop("past_key_values", None)
+    cache, keeper = kwargs.pop("past_key_values", None), None
+    number, on_cpu = (resolve_setting(model, keeping | kwargs, name) for name in keeping)
+    number = checked_number_kept(0 if number is None else number)
     if cache is None:
         settings = {name: resolve_setting(model, window | kwargs, name) for name in window}
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
+        keeper = Keeper(model, number, bool(on_cpu)) if number > 0 else None
     else:
         refuse_cache(cache, window)
     with cache.in_use():
-        return _generate(model, loop, cache, chunk_size, prefill_progress, kwargs)
+        return _generate(model, loop, cache, chunk_size, prefill_progress, keeper, kwargs)
 
 
 def _generate(
@@ -3589,6 +3877,7 @@ def _generate(
     cache: SinkCache,
     chunk_size: Optional[int],
     prefill_progress: bool,
+    keeper: Optional[Keeper],
     kwargs: dict[str, Any],
 ) -> Any:
     """`generate` in a cache that is in use by this call alone; `kwargs` are the arguments of `loop`."""
@@ -3610,7 +3899,7 @@ def _generate(
     call_class = SyncedCall if is_synced(model, kwargs.get("synced_gpus")) else StreamedCall
     depth = resolve_setting(model, kwargs, "assistant_early_exit")
     runs_on = with_its_own_depth(model) if depth else model
-    call = call_class(runs_on, cache, chunk_size, prefill_progress, assisted=assistance is not None)
+    call = call_class(runs_on, cache, chunk_size, prefill_progress, assistance is not None, keeper)
     if depth:  # transformers has the model itself draft
         call.stand_in.generate = Drafter(model, window, depth, runs_on).generate
     return call.decode(loop, kwargs)

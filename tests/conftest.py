@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.hub import Hub
 
 # Nothing here imports transformers before it is needed: the process that only hands tests to others starts at once.
@@ -19,7 +20,6 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sink-cache-tests-")
 os.environ["HF_TOKEN"] = "hf_loopback"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_report_header() -> str:

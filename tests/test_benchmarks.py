@@ -15,7 +15,8 @@ import torch
 from packaging.version import Version
 
 from custom_generate.generate import SinkCache
-from tests.support.helpers import RELEASE, ROOT
+from tests.support import ROOT
+from tests.support.helpers import RELEASE
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +85,7 @@ SHORT = {
     "prefill": "--device cpu --model tiny --window-length 32 --windows 2 --chunk-size 8 --rounds 1",
     "flat": "--device cpu --model tiny --window-length 32 --tokens 400",
     "endless": "--tokens 40",
+    "turns": "--device cpu --model tiny --window-length 32 --turns 4 --question-tokens 8 --new-tokens 6 --rounds 1",
     "assisted": "--device cpu --memory --window-length 32 --tokens 200",
 }
 

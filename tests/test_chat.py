@@ -8,7 +8,7 @@ import time
 import pexpect
 import pytest
 
-from tests.support.helpers import ROOT
+from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
 

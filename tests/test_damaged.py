@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from custom_generate.generate import FORMAT_VERSION, SinkCache, _checksum, generate
-from tests.support.helpers import ROOT, prompt, seeded, small_model
+from tests.support import ROOT
+from tests.support.helpers import prompt, seeded, small_model
 
 # --- damage
 

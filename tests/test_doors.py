@@ -11,7 +11,8 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import RELEASE, ROOT, loadable, prompt, seeded, small_model
+from tests.support import ROOT
+from tests.support.helpers import RELEASE, loadable, prompt, seeded, small_model
 
 CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=60, do_sample=False)
 

@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from custom_generate.generate import generate
-from tests.support.helpers import ROOT, loadable, prompt, small_model
+from tests.support import ROOT
+from tests.support.helpers import loadable, prompt, small_model
 
 SETTINGS = dict(max_new_tokens=60, do_sample=False)
 FILES = {

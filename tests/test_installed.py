@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from tests.support.helpers import ROOT
+from tests.support import ROOT
 
 GENERATE = ROOT / "custom_generate/generate.py"
 

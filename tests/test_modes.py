@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import ROOT, answer, left_padded, prompt, small_model
+from tests.support import ROOT
+from tests.support.helpers import answer, left_padded, prompt, small_model
 from tests.support.oracle import difference, oracle
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationMixin, LlamaForCausalLM, LogitsProcessor
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import ROOT, loadable, prompt, seeded, sharpened, small_model
+from tests.support import ROOT
+from tests.support.helpers import loadable, prompt, seeded, sharpened, small_model
 
 SETTINGS = dict(max_new_tokens=60, do_sample=False)
 WINDOW = dict(window_length=16, num_sink_tokens=4)

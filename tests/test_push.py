@@ -8,8 +8,9 @@ import sys
 import torch
 
 from custom_generate.generate import __version__
+from tests.support import ROOT
 from tests.support.documents import text_of
-from tests.support.helpers import ROOT, loadable, prompt, small_model
+from tests.support.helpers import loadable, prompt, small_model
 
 # The documents, which the README leads to, with all that was measured, and what transformers loads.
 NEEDED = ["CHANGELOG.md", "COMPATIBILITY.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks/README.md"]

@@ -10,16 +10,17 @@ import pexpect
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import custom_generate
+from custom_generate.generate import __version__
+from tests.support import ROOT
 from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
-from tests.support.helpers import ROOT, loadable, prompt, small_model, small_tokenizer
+from tests.support.helpers import loadable, prompt, small_model, small_tokenizer
 from tools.real_models import SMOLLM2
 
-VERSION = f"v{custom_generate.__version__}"  # the revision that the documents pin
+VERSION = f"v{__version__}"  # the revision that the documents pin
 
 
 @pytest.fixture
-def workplace(hub, tmp_path, monkeypatch) -> Path:
+def workplace(hub, installed, tmp_path, monkeypatch) -> Path:
     """A folder to run the documents' code in: the Hub has its model and its revision, and this code is installed."""
     monkeypatch.chdir(tmp_path)
     tokenizer = small_tokenizer()
@@ -28,9 +29,8 @@ def workplace(hub, tmp_path, monkeypatch) -> Path:
     tokenizer.save_pretrained("qwen")
     GenerationConfig(bos_token_id=1, pad_token_id=0, max_new_tokens=5).save_pretrained("qwen")
     hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
-    at = hub.at
-    monkeypatch.setattr(hub, "at", lambda repo, revision: at(repo, "main" if revision == VERSION else revision))
-    monkeypatch.setitem(sys.modules, "sink_cache", custom_generate)  # what `pip install .` gives
+    hub.tags["org/sink_cache"] = {VERSION: hub.repositories["org/sink_cache"][-1][0]}
+    monkeypatch.syspath_prepend(installed)
     loadable(Path("my_model"))
     return tmp_path
 
@@ -66,12 +66,14 @@ def test_usage(workplace):
     # The last token of 50 had not been read, and the one before it was taken back.
     assert names["branch"].get_seq_length() == names["conversation"].shape[1] + 50 - 2
 
-    (settings,) = snippets("docs/usage.md", "json")
     file = Path("my_model", "generation_config.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **json.loads(settings)}))
-    streaming = AutoModelForCausalLM.from_pretrained(loadable(Path("my_model")), trust_remote_code=True)
-    output = streaming.generate(input_ids=prompt(5), max_new_tokens=5, return_dict_in_generate=True)
-    assert output.past_key_values.window_length == json.loads(settings)["window_length"]
+    for settings in map(json.loads, snippets("docs/usage.md", "json")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+        streaming = AutoModelForCausalLM.from_pretrained(loadable(Path("my_model")), trust_remote_code=True)
+        output = streaming.generate(input_ids=prompt(5), max_new_tokens=5, return_dict_in_generate=True)
+        cache = output.past_key_values
+        assert cache.window_length == settings["window_length"]
+        assert (cache.kept_nbytes(streaming) > 0) == ("kept_conversations" in settings)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """`transformers serve` with a model repository that carries this one, and its clients, each a process of its own."""
 
 import contextlib
+import copy
 import json
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import pytest
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support import ROOT
 from tests.support.documents import snippets
-from tests.support.helpers import RELEASE, ROOT, loadable
+from tests.support.helpers import RELEASE, loadable
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,15 +35,39 @@ def documented_command(start: str, url: str) -> list[str]:
     return [str(Path(sys.executable).with_name(program)), *arguments]
 
 
+# Runs a program, and writes a line for each forward pass: how many tokens of a row it got.
+COUNTING = """
+import runpy, sys, torch
+
+def count(module, args):
+    if isinstance(module, torch.nn.Embedding):
+        with open(counts, "a") as file:
+            print(args[0].shape[1], file=file)
+
+counts, *sys.argv = sys.argv[1:]
+torch.nn.modules.module.register_module_forward_pre_hook(count)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def counts(tmp_path_factory):
+    """The file that the server writes its counts of tokens to."""
+    path = tmp_path_factory.mktemp("serve") / "counts"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, counts):
     """The address of a server that has loaded nothing yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://localhost:{port}"
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
+    program = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-c", COUNTING, counts, *program]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 120
         while True:
@@ -57,7 +84,7 @@ def answer(carrier, hub):
     """What the model says next in a conversation, asked through the local folder."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(carrier), AutoTokenizer.from_pretrained(carrier)
 
-    def answer(messages: list[dict], window_length: int = 16) -> str:
+    def answer(messages: list[dict], window_length: int = 16, max_new_tokens: int = 60) -> str:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -66,7 +93,7 @@ def answer(carrier, hub):
             custom_generate=loadable(ROOT),
             trust_remote_code=True,
             window_length=window_length,
-            max_new_tokens=60,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
         )
         return tokenizer.decode(sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -126,3 +153,57 @@ def test_transformers_chat(server, answer, carrier, tmp_path):
         messages.append({"role": "user", "content": turn})
         messages.append({"role": "assistant", "content": answer(messages)})
         assert messages[-1]["content"] in shown
+
+
+def test_kept_conversations(server, answer, carrier, counts, hub, tmp_path):
+    from openai import OpenAI
+
+    folder = shutil.copytree(carrier, tmp_path / "keeping")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "kept_conversations": 2}))
+    hub.commit_folder("you/keeping_model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(carrier)
+    client, new_tokens = OpenAI(base_url=f"{server}/v1", api_key="none"), 12
+
+    def length(messages):
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids)
+
+    def ask(messages, stream=False):
+        """What the server says, which is what reading all anew says, and how many tokens it read before."""
+        counts.write_text("")
+        call = dict(model="you/keeping_model", messages=messages, temperature=0, stream=stream)
+        response = client.chat.completions.create(**call, max_tokens=new_tokens)
+        if stream:
+            said = "".join(chunk.choices[0].delta.content or "" for chunk in response)
+        else:
+            said = response.choices[0].message.content
+        read = sum(map(int, counts.read_text().split())) - new_tokens + 1
+        assert said == answer(messages, max_new_tokens=new_tokens)
+        return said, read
+
+    ask([{"role": "user", "content": "Load the model, and read it."}])
+    histories, before = [[], []], [0, 0]  # two conversations, and how long they were
+    for turn in range(20):
+        for number, messages in enumerate(histories):
+            messages.append({"role": "user", "content": f"{TURNS[turn % 3]} ({number}, {turn})"})
+            said, read = ask(messages, stream=turn % 2 == 0)
+            # The last answer, as it comes back, and what is new. The space before an answer becomes part of its word.
+            assert turn == 0 or read <= length(messages) - before[number] + 1
+            before[number] = length(messages)
+            messages.append({"role": "assistant", "content": said})
+    assert length(messages) > 40 * 16  # windows
+
+    edited = copy.deepcopy(histories[0])
+    edited[6]["content"] = "Tell it otherwise."
+    edited.append({"role": "user", "content": TURNS[0]})
+    ask(edited)
+
+    messages = histories[1] + [{"role": "user", "content": "Go on, and on."}]
+    call = dict(model="you/keeping_model", messages=messages, temperature=0, stream=True, max_tokens=2_000)
+    with client.chat.completions.create(**call) as response:
+        for _ in zip(range(3), response):
+            pass
+    ask(messages)
+    messages += [{"role": "assistant", "content": "on"}, {"role": "user", "content": TURNS[1]}]
+    _, read = ask(messages)
+    assert read <= length(messages) - length(messages[:-2]) + 1

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache
 
 from custom_generate.generate import SinkCache
-from tests.support.helpers import ROOT, prompt, seeded, small_model, with_the_old_class
+from tests.support import ROOT
+from tests.support.helpers import prompt, seeded, small_model, with_the_old_class
 
 FIXTURE = ROOT / "tests/fixtures/unbound.safetensors"
 WINDOW, SINKS, HEADS, HEAD_DIM, LAYERS = 12, 3, 1, 8, 2

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from custom_generate.generate import SinkCache, generate
 from tests.conftest import HUB
-from tests.support.helpers import RELEASE, ROOT, left_padded, loadable, prompt, seeded, small_model
+from tests.support import ROOT
+from tests.support.helpers import RELEASE, left_padded, loadable, prompt, seeded, small_model
 from tests.support.modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from tests.support.oracle import difference, oracle
 

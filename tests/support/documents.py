@@ -2,7 +2,7 @@
 
 import re
 
-from tests.support.helpers import ROOT
+from tests.support import ROOT
 
 # Those whose code is run, and all.
 RUN = ["README.md", "docs/usage.md", "docs/migration.md"]

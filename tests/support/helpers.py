@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from custom_generate.generate import generate
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
 
 RELEASE = Version(transformers.__version__)
 with_the_old_class = pytest.mark.skipif(
