@@ -1441,6 +1441,12 @@ def refuse_model(model: PreTrainedModel, window: Window) -> None:
             f"`window_length` must be at most {config.sliding_window}, got {window.length}: the model's own attention "
             "reaches no further back, so the sinks would be out of its sight."
         )
+    chosen = getattr(config, "keep_window_size", None)
+    if chosen is not None and window.length > chosen:
+        raise ValueError(
+            f"`window_length` must be at most {chosen}, got {window.length}: of more tokens the model's attention chooses "
+            "some, which depends on their order in the cache (`keep_window_size`)."
+        )
     trained = trained_length(config)
     changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
     if changing & {"dynamic", "longrope"} and trained and window.length > trained:

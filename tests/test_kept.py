@@ -460,6 +460,7 @@ def test_a_number_that_is_none(value):
         generate(small_model(), 16, 4, input_ids=prompt(5), kept_conversations=value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RELEASE < Version("4.56"), reason="transformers compiles single tokens from 4.56")
 def test_compiled_steps():
     model, ids = small_model(), prompt(30)

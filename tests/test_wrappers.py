@@ -187,6 +187,7 @@ WAYS = [("its forward", None), ("in place", True)]
 WAYS += [pytest.param(*way, marks=pytest.mark.slow) for way in [("its forward", True), ("its layers", None)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("how, dynamic", WAYS)
 def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, rows):
@@ -205,7 +206,8 @@ def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, rows):
         assert 0 < len(graphs) <= (plain if how != "its layers" else 12)
 
 
-@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("how, dynamic", WAYS)
 def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled(how, dynamic, chunk):
     model, tokens = small_model(num_hidden_layers=2), prompt(45)

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from custom_generate.generate import SinkCache, SinkLayer, generate, read_model
 from tests.support.helpers import prompt, seeded
 from tests.support.oracle import difference, oracle
+from tools.published import PUBLISHED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "COMPATIBILITY.md"
@@ -157,10 +158,11 @@ def _are_places(values: Any) -> bool:
     return all(isinstance(value, int) for value in values) and list(values) == sorted(set(values))
 
 
-def build(model_type: str, length: int) -> PreTrainedModel:
+def build(model_type: str, length: int, settings: Settings) -> PreTrainedModel:
     """A tiny random model trained to `length` tokens: one with the same weights whatever the length."""
-    config = CONFIG_MAPPING[model_type](**EXCEPTIONS.get(model_type, {}))
-    config = small(config, length, {})
+    settings = settings(length) if callable(settings) else settings
+    config = CONFIG_MAPPING[model_type](**{**EXCEPTIONS.get(model_type, {}), **settings})
+    config = small(config, length, settings)
     model_class = getattr(transformers, MODEL_TYPES[model_type])
     if model_class.config_class is not type(config):  # the decoder of a larger model has a configuration of its own
         parts = (part for part in vars(config).values() if type(part) is model_class.config_class)
@@ -180,7 +182,7 @@ def build(model_type: str, length: int) -> PreTrainedModel:
 
 @dataclasses.dataclass
 class Row:
-    """What was found about one model type: a row of the table."""
+    """What was found about one model type, or one of `PUBLISHED`: a row of a table."""
 
     model_type: str
     verdict: str
@@ -190,11 +192,13 @@ class Row:
     @property
     def wrong(self) -> bool:
         """Whether something here, or in transformers, is to be repaired."""
-        return self.verdict.startswith(("wrong", "fails"))
+        unbuilt = self.verdict.startswith("not built") and self.model_type in PUBLISHED
+        return unbuilt or self.verdict.startswith(("wrong", "fails"))
 
 
-def attempt(model_type: str) -> Row:
-    """Build, stream and compare one model type, within its time."""
+def attempt(name: str) -> Row:
+    """Build, stream and compare one model type, or one of `PUBLISHED`, within its time."""
+    model_type, settings = PUBLISHED.get(name, (name, {}))
 
     def out_of_time(*_) -> None:
         raise TimeoutError(f"it took more than {SECONDS} seconds")
@@ -203,22 +207,22 @@ def attempt(model_type: str) -> Row:
     signal.alarm(SECONDS)
     try:
         try:
-            model = build(model_type, TRAINED_LENGTH)
-            reference = build(model_type, LONG_ENOUGH)
+            model = build(model_type, TRAINED_LENGTH, settings)
+            reference = build(model_type, LONG_ENOUGH, settings)
             shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
             weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes.get(name)}
             reference.load_state_dict(weights, strict=False)  # a table of positions has other random numbers follow
         except Exception as error:
-            return Row(model_type, f"not built: {_first_line(error).split('. ')[0]}")
+            return Row(name, f"not built: {_first_line(error).split('. ')[0]}")
         try:
-            return _stream(model_type, model, reference)
+            return _stream(name, model, reference)
         except Exception as error:
-            return Row(model_type, f"fails: {type(error).__name__}: {_first_line(error)}", _layers(model, []))
+            return Row(name, f"fails: {type(error).__name__}: {_first_line(error)}", _layers(model, []))
     finally:
         signal.alarm(0)
 
 
-def _stream(model_type: str, model: PreTrainedModel, reference: PreTrainedModel) -> Row:
+def _stream(name: str, model: PreTrainedModel, reference: PreTrainedModel) -> Row:
     """Stream `model`, and compare with what `reference`, the same with more positions, gives without a cache."""
     # Token by token, while positions are shifted back to stay below the trained length ...
     cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
@@ -227,13 +231,13 @@ def _stream(model_type: str, model: PreTrainedModel, reference: PreTrainedModel)
     except (ValueError, TypeError) as error:
         if cache.get_seq_length() > 0:  # too late for a refusal
             raise
-        return Row(model_type, f"refused: {_reason(error)}", _layers(model, []))
+        return Row(name, f"refused: {_reason(error)}", _layers(model, []))
     # ... and a long prompt, in chunks.
     in_chunks = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
     differences.append(_difference(reference, reference, in_chunks, 40, 8))
     right = all(difference < TOLERANCE for difference in differences)
     verdict = "streams" if right else f"wrong: {differences[0]:.1e} token by token, {differences[1]:.1e} in chunks"
-    return Row(model_type, verdict, _layers(model, cache.layers), _rotation(model, cache.layers))
+    return Row(name, verdict, _layers(model, cache.layers), _rotation(model, cache.layers))
 
 
 def _difference(
@@ -336,6 +340,14 @@ prompt longer than the window, several tokens at a time.
 | model type | layers | rotation |
 | --- | --- | --- |
 {streaming_rows}
+## Published models
+
+What published models switch on and the types by default do not, at their ratios and as small, tried in the same way.
+Settings are in `tools/published.py`.
+
+| type | what published models have | |
+| --- | --- | --- |
+{published_rows}
 ## These are refused
 
 | why | model types |
@@ -366,6 +378,8 @@ REASONS = {
 
 def report(rows: list[Row]) -> str:
     """The text of COMPATIBILITY.md: the types that stream, then those that are refused, by why."""
+    published = [row for row in rows if row.model_type in PUBLISHED]
+    rows = [row for row in rows if row.model_type not in PUBLISHED]
     by_verdict = collections.defaultdict(list)
     for row in rows:
         by_verdict[row.verdict.split(":")[0]].append(row)
@@ -383,6 +397,9 @@ def report(rows: list[Row]) -> str:
         refused=len(by_verdict["refused"]),
         not_built=len(by_verdict["not built"]),
         streaming_rows="".join(f"| {' | '.join(cells)} |\n" for cells in streaming),
+        published_rows="".join(
+            f"| {PUBLISHED[row.model_type][0]} | {row.model_type} | {row.verdict} |\n" for row in published
+        ),
         refused_rows="".join(f"| {letter} | {', '.join(by_reason[reason])} |\n" for letter, reason in lettered),
         legend="".join(f"- **{letter}**: {reason}\n" for letter, reason in lettered),
         not_built_rows="".join(
@@ -404,8 +421,8 @@ def main() -> None:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="a model type to try (default: all, written down)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless COMPATIBILITY.md is current")
     arguments = parser.parse_args()
-    types = arguments.types or sorted(MODEL_TYPES)
-    if unknown := set(types) - set(MODEL_TYPES):
+    types = arguments.types or [*sorted(MODEL_TYPES), *PUBLISHED]
+    if unknown := set(types) - {*MODEL_TYPES, *PUBLISHED}:
         parser.error(f"no causal language model of transformers {transformers.__version__}: {', '.join(unknown)}")
 
     rows = []
