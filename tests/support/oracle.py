@@ -88,10 +88,14 @@ def oracle_in_order(
     for token in tokens:
         kept = min(len(logits), window_length - 1)
         if len(logits) >= window_length:
-            held = [cache] if hasattr(cache, "key_cache") else cache.layers  # lists of all layers until 4.53
-            for layer in held:
-                for name in ("key_cache", "value_cache") if layer is cache else ("keys", "values"):
-                    setattr(layer, name, _without_column(getattr(layer, name), num_sink_tokens))
+            if hasattr(cache, "layers"):
+                for layer in cache.layers:
+                    layer.keys, layer.values = (
+                        _without(states, num_sink_tokens) for states in (layer.keys, layer.values)
+                    )
+            else:  # until 4.53
+                for states in (cache.key_cache, cache.value_cache):
+                    states[:] = [_without(each, num_sink_tokens) for each in states]
         assert cache.get_seq_length() == kept
         output = model(
             input_ids=torch.tensor([[token]]),
@@ -103,10 +107,8 @@ def oracle_in_order(
     return torch.stack(logits)
 
 
-def _without_column(states, column: int):
-    """`states`, `[1, kv_heads, columns, head_dim]` or a list of such, without a column."""
-    if isinstance(states, list):
-        return [_without_column(each, column) for each in states]
+def _without(states: torch.Tensor, column: int) -> torch.Tensor:
+    """`states`, `[1, kv_heads, columns, head_dim]`, but for one column."""
     return torch.cat([states[:, :, :column], states[:, :, column + 1 :]], dim=2)
 
 
