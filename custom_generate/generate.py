@@ -908,18 +908,20 @@ def _read_anew(model: PreTrainedModel) -> ModelTraits:
     """`read_model`, whatever was read of the model before."""
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" in parameters:
-        return _read_rotations(model, "no layer rotates its keys with their position")
-    reason = "its forward takes no `position_ids`, or makes nothing of them"
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return _read_order(model, reason)
+        return _read_rotations(model) or _read_order(model, "no layer rotates its keys with their position")
     try:
-        return _read_order(model, reason)
-    except ValueError:  # a wrapped forward may hand on whatever it gets, positions too
-        return _read_rotations(model, reason)
+        return _read_order(model, "its forward takes no `position_ids`, or makes nothing of them")
+    except ValueError:
+        # A wrapped forward may hand on whatever it gets, positions too.
+        hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        traits = _read_rotations(model) if hands_on else None
+        if traits is None:
+            raise
+        return traits
 
 
-def _read_rotations(model: PreTrainedModel, unless: str) -> ModelTraits:
-    """The traits of a model that takes positions, if only to ignore them; `unless` is what it does if no key rotates.
+def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
+    """The traits of a model that takes positions; None if no key rotates, and order may show by columns.
 
     The model is run on single tokens, at position 0 and again `distance` positions later. A token alone attends to
     itself, whatever its position. So with relative positions the runs differ in the rotation of the keys and in nothing
@@ -941,20 +943,20 @@ def _read_rotations(model: PreTrainedModel, unless: str) -> ModelTraits:
     _refuse_no_numbers(model, before, moved)
     rotations = _fit_rotations(model, before, after, distance, rounding)
     if not any(rotations) and not (any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
-        return _read_order(model, unless)
+        return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
     return _traits(model, rotations, before, rounding, distance, ordered=False)
 
 
-def _read_order(model: PreTrainedModel, unless: str) -> ModelTraits:
+def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
     """The traits of a model that knows the order of tokens by the columns of its cache, or does not know it.
 
     As tokens leave the window, the others come to stand in other columns. So what is cached of a token may not tell in
     which column it came. And rows with fewer tokens are filled up with padding, which may change nothing.
 
     Raises:
-        ValueError: it is no such model. `unless` says what it does about positions instead, which does not serve.
+        ValueError: it is no such model. `reason` is why its positions don't serve either.
     """
     try:
         if _keeps_states(model) or any(type(layer).__name__ in UNTOUCHED_LAYERS for layer in default_layers(model)):
@@ -964,7 +966,7 @@ def _read_order(model: PreTrainedModel, unless: str) -> ModelTraits:
     except Exception as error:
         raise _unreadable(
             model,
-            f"{unless}. Nor can it go by the columns of its cache, as with ALiBi: {error}. Use a model with rotary "
+            f"{reason}. Nor can it go by the columns of its cache, as with ALiBi: {error}. Use a model with rotary "
             "position embeddings (RoPE) or ALiBi.",
         ) from error
     return _traits(model, [None] * len(cached), cached, rounding, SOME_COLUMNS, ordered=True)

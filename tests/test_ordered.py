@@ -72,6 +72,20 @@ def test_every_step_far_past_the_window(name, window):
     assert difference(torch.cat(output.logits), expected[2:-1]) < 1e-5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_counts_the_columns_of_its_cache_by_itself(name):
+    model = ordered(name)
+    own = model.forward
+
+    def forward(attention_mask=None, **kwargs):  # as long as there is no padding
+        return own(**kwargs, attention_mask=attention_mask if 0 in attention_mask else None)
+
+    model.forward = forward
+    output = stream(model, prompt(20))
+    expected = oracle_in_order(ordered(name), output.sequences[0].tolist(), 16, 4)
+    assert difference(torch.cat(output.logits), expected[19:-1]) < 1e-5
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_either_attention(attn_implementation):
     with seeded():
