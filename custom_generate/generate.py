@@ -964,9 +964,10 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
         cached, rounding = _refuse_places(model, SOME_COLUMNS)
         _refuse_seen_padding(model, rounding)
     except Exception as error:
+        seen = error if type(error) is ValueError else f"it failed on a few tokens ({error!r})"
         raise _unreadable(
             model,
-            f"{reason}. Nor can it go by the columns of its cache, as with ALiBi: {error}. Use a model with rotary "
+            f"{reason}. Nor does it go by the columns of its cache, as with ALiBi: {seen}. Use a model with rotary "
             "position embeddings (RoPE) or ALiBi.",
         ) from error
     return _traits(model, [None] * len(cached), cached, rounding, SOME_COLUMNS, ordered=True)
@@ -1206,9 +1207,10 @@ def _refuse_places(model: PreTrainedModel, number: int) -> tuple[list[dict[str, 
     Returns:
         What each layer caches of four single tokens, and the relative rounding.
     """
-    (first, logits), (last, other_logits) = _run_on_columns(model, 1), _run_on_columns(model, number)
+    first, logits = _run_on_columns(model, 1)
     if not first or len(first) < len(default_layers(model)):
         raise ValueError("it does not cache the keys and values of its layers")
+    last, other_logits = _run_on_columns(model, number)
     rounding = _rounding(model, first)
     changes = [_difference(layer[name], other[name]) for layer, other in zip(first, last) for name in layer]
     changes.append(_difference(logits, other_logits))
