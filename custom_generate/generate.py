@@ -17,7 +17,7 @@ any length and the releases of transformers agree to it.
 
 Words, each with one meaning:
 
-    column      a place in the input, padding included
+    column      a place in the input, padding included; of a cache, a place in the keys that it hands out
     token       a column that is no padding; each row counts its own from 0
     slot        a place in the memory of a layer, as drawn above
     position    the number that the model is given for a column, and rotates its keys by
@@ -784,7 +784,7 @@ class OrderedLayer(SinkLayer):
         first, oldest = plan.window.num_sinks, plan.window.slot(end)
         if end <= plan.window.length or oldest == first:
             return buffer[:, :, : plan.num_keys]
-        # To join the two runs of the ring takes a fifth of the time of a gather.
+        # To join the runs of the ring takes less time than to gather its slots.
         return torch.cat([buffer[:, :, :first], buffer[:, :, oldest:], buffer[:, :, first:oldest]], dim=2)
 
     def get_mask_sizes(self, sizes: Union[torch.Tensor, int]) -> tuple[int, int]:
@@ -2999,7 +2999,9 @@ class SinkCache(Cache):
     *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
     `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
     before the oldest of these. `get_seq_length()` is the number of tokens seen. That holds for layers with full
-    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them.
+    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them. A
+    model that knows the order of tokens by the columns of its cache (ALiBi, arXiv:2108.12409) gets what is kept in
+    order; while it is at work on prepared inputs, `get_seq_length()` is how many tokens that are.
 
     *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
     `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
@@ -3008,9 +3010,9 @@ class SinkCache(Cache):
     All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
-    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length, and
-    going on with rows that were padded or shifted back. What the cache can't see there, and is wrong: one row that is
-    padded, and `position_ids` other than the model's own.
+    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
+    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by. What
+    the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
@@ -3048,11 +3050,11 @@ class SinkCache(Cache):
         self._hold(self.held.renewed())
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
-        """Read the rotation of every layer off `model`, and stream from now on.
+        """Read off `model` how its layers rotate their keys, or whether they go by columns, and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
-                it is, and nothing is changed on it; the cache does not keep it alive.
+            model: a decoder-only model with relative positions, or ALiBi. It is run on a few tokens, once as long as it
+                stays as it is, and nothing is changed on it; the cache does not keep it alive.
 
         Returns:
             This cache.
@@ -3176,13 +3178,14 @@ class SinkCache(Cache):
         Args:
             input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
                 same. If they evict some, attention sees `length * num_sink_tokens` keys more: pass a long prompt by a
-                few.
+                few. A model that goes by the columns of its cache takes one at a time, then.
             attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
                 each row has at least one of. Not needed without padding, or again.
 
         Returns:
             `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
-            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other.
+            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other. A model that
+            goes by the columns of its cache gets no `position_ids`, and int64 `[batch, keys]` for `attention_mask`.
 
         Raises:
             ValueError: the cache is not bound, or the arguments don't fit to what it holds.
@@ -3210,7 +3213,7 @@ class SinkCache(Cache):
         return stream.inputs_for_step(model, inputs)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        """Tokens seen, padding included, if bound; tokens stored if not."""
+        """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
         return self.held.seq_length(layer_idx)
 
     def get_max_length(self, *args, **kwargs) -> int:
@@ -3780,13 +3783,13 @@ def generate(
     was loaded from a repository with this file has it as its own `generate`, which takes the prompt first, as ever.
 
     As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
-    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, flash attention, or a
-    model that can't be one graph; and not with `disable_compile`.
+    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, ALiBi, flash attention,
+    or a model that can't be one graph; and not with `disable_compile`.
 
     Args:
         args: `model` and those after it, by hand; where `model` is given by name, what its class's `generate` takes.
-        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),
-            also in a wrapper of `torch.compile` or peft.
+        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, recurrent states, or
+            ALiBi), also in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
@@ -3800,7 +3803,7 @@ def generate(
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
                 alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
                 chunks of `3/4 * window_length / num_sink_tokens`, at most 256: attention sees a copy of the sinks for
-                each token of a chunk, and these take three quarters of a window.
+                each token of a chunk, and these take three quarters of a window. With ALiBi it goes in token by token.
             assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
                 assistant drafts in a window of its own, as long as the model's.
 
