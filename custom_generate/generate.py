@@ -17,7 +17,7 @@ any length and the releases of transformers agree to it.
 
 Words, each with one meaning:
 
-    column      a place in the input, padding included
+    column      a place in the input, padding included; of a cache, a place in the keys that it hands out
     token       a column that is no padding; each row counts its own from 0
     slot        a place in the memory of a layer, as drawn above
     position    the number that the model is given for a column, and rotates its keys by
@@ -127,6 +127,7 @@ class UpdatePlan:
         evicts: whether a token leaves a window.
         sink_shifts: `[rows]`, by how many positions the sinks are moved in their slots during this update.
         first_slots: `[rows]`, the slot of the first new token.
+        kept: `[rows]`, how many of the tokens seen are still kept beside the new ones.
         num_keys: how many keys the new tokens are given.
         needs_mask: whether attention must be told which of them each token sees.
     """
@@ -147,9 +148,10 @@ class UpdatePlan:
             self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
         self.first_slots = [window.slot(seen) for seen in self.seen]
         # For a single token, all rows whose window is full are alike.
-        kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
-        self.needs_mask = self.sees_copies or min(kept) < max(kept) or min(self.num_new) < length
+        self.kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
+        self.needs_mask = self.sees_copies or min(self.kept) < max(self.kept) or min(self.num_new) < length
         self._indices: dict[torch.device, tuple] = {}
+        self._slots_in_order: dict[torch.device, torch.Tensor] = {}
 
     def tokens(self, first: int, device: torch.device) -> torch.Tensor:
         """The tokens of the columns from `start + first` to the last, negative in padding: int64 `[rows, columns]`."""
@@ -214,6 +216,31 @@ class UpdatePlan:
             recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
             sees = torch.cat([own, recent], dim=-1)
         return additive_mask(sees[:, None], dtype)
+
+    @functools.cached_property
+    def tokens_in_order(self) -> torch.Tensor:
+        """The kept and the new tokens, in order and to the right, negative where a row has fewer.
+
+        int64 `[rows, num_keys]` on the CPU, for updates that see no copies.
+        """
+        kept, seen, new = (
+            torch.tensor(counts, dtype=torch.long, device="cpu")[:, None]
+            for counts in (self.kept, self.seen, self.num_new)
+        )
+        places = torch.arange(self.num_keys, dtype=torch.long, device="cpu") + kept + new - self.num_keys
+        return torch.where(places < self.window.num_sinks, places, places + seen - kept)
+
+    def slots_in_order(self, device: torch.device) -> torch.Tensor:
+        """The slots of these tokens, any slot where a row has fewer: int64 `[rows, num_keys]`."""
+        if device not in self._slots_in_order:
+            self._slots_in_order[device] = self.window.slots(self.tokens_in_order).to(device)
+        return self._slots_in_order[device]
+
+    def mask_in_order(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The mask of padding over these tokens: int64 `[batch, num_keys]`."""
+        if not self.needs_mask:
+            return torch.ones(batch_size, self.num_keys, dtype=torch.long, device=device)
+        return (self.tokens_in_order >= 0).long().to(device).expand(batch_size, -1)
 
 
 def additive_mask(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -731,6 +758,41 @@ class SinkLayer(CacheLayerMixin):
         return num_keys, self.seen + length - num_keys
 
 
+class OrderedLayer(SinkLayer):
+    """A `SinkLayer` of a model that knows the order of tokens from the columns of its cache (ALiBi, arXiv:2108.12409).
+
+    It returns what is kept in order of the sequence, the sinks first and the new tokens last. So the model's bias over
+    columns is one over places in the window. That takes a copy of the window for each update.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ever, for a `plan` that sees no copies. Rows with fewer tokens are filled up at the front.
+
+        Returns:
+            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`; views of the slots where these are in order.
+        """
+        super().update(key_states, value_states, plan)
+        return self._in_order(self.keys, plan), self._in_order(self.values, plan)
+
+    @staticmethod
+    def _in_order(buffer: torch.Tensor, plan: UpdatePlan) -> torch.Tensor:
+        """The tokens in `buffer`, one of the layer's two, after the update of `plan`."""
+        if len(plan.pads) > 1 or plan.needs_mask:
+            return gather_slots(buffer, plan.slots_in_order(buffer.device))
+        end = plan.seen[0] + plan.num_new[0]
+        first, oldest = plan.window.num_sinks, plan.window.slot(end)
+        if end <= plan.window.length or oldest == first:
+            return buffer[:, :, : plan.num_keys]
+        # To join the runs of the ring takes less time than to gather its slots.
+        return torch.cat([buffer[:, :, :first], buffer[:, :, oldest:], buffer[:, :, first:oldest]], dim=2)
+
+    def get_mask_sizes(self, sizes: Union[torch.Tensor, int]) -> tuple[int, int]:
+        """How many keys an update without padding returns for so many new tokens; the first is column 0."""
+        return super().get_mask_sizes(sizes)[0], 0
+
+
 class StateAndSinkLayer(SinkLayer, StateLayer):
     """A layer with full attention and a recurrent state side by side (arXiv:2411.13676). It keeps both.
 
@@ -748,9 +810,14 @@ class StateAndSinkLayer(SinkLayer, StateLayer):
         StateLayer.lazy_initialization(self, **kwargs)
 
 
+def has_sinks_only(layer: Any) -> bool:
+    """Whether a layer has sinks and a window, and no state beside them."""
+    return isinstance(layer, SinkLayer) and not isinstance(layer, StateLayer)
+
+
 def can_record(layer: Any) -> bool:
     """Whether a layer, told to record, can take tokens back after they evicted others."""
-    return type(layer) is SinkLayer or (hasattr(layer, "record_past") and not isinstance(layer, StateLayer))
+    return hasattr(layer, "record_past") and not isinstance(layer, StateLayer)
 
 
 def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
@@ -806,9 +873,10 @@ class ModelTraits:
         continues_states: whether a layer's state is gone on with where the model gets several tokens at once.
         continues_positions: whether the model counts positions on where it is given none.
         rounding: the relative rounding of what its attention gets.
-        reach: up to which position all this was tried.
+        reach: up to which position all this was tried, or with how many columns.
         mask_dtype: of the masks that its attention takes.
         trained_length: see the function of that name.
+        ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
     """
 
     rotations: list[Optional[Rotation]]
@@ -820,9 +888,11 @@ class ModelTraits:
     reach: int
     mask_dtype: torch.dtype
     trained_length: Optional[int]
+    ordered: bool
 
 
-USE_ROPE = "Use a model with rotary position embeddings (RoPE)."
+# With how many columns it is tried whether a model goes by them, at first.
+SOME_COLUMNS = 16
 
 # Of each model, its traits, and the stamp of what they rest on.
 _readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, ModelTraits]]" = weakref.WeakKeyDictionary()
@@ -830,28 +900,51 @@ _readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, ModelTraits]
 
 @torch.no_grad()
 def read_model(model: PreTrainedModel) -> ModelTraits:
-    """Find how each layer of `model` rotates its keys, and what else a stream has to know.
+    """Find how `model` knows the order of tokens, and what else a stream has to know, by running it on a few tokens.
+
+    The traits are remembered for as long as the model lives and what they rest on is the same.
+
+    Raises:
+        ValueError: it knows it neither by a rotation of keys nor by the columns of its cache (learned positions); what
+            it gives is no number; or what it does depends on positions themselves, as far as its dtype shows it.
+    """
+    stamp, traits = _readings.get(model, (None, None))
+    if traits is None or not _is_stamped(model, stamp):
+        traits = _read_anew(model)
+        _readings[model] = _stamp(model), traits
+    return traits
+
+
+def _read_anew(model: PreTrainedModel) -> ModelTraits:
+    """`read_model`, whatever was read of the model before."""
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" in parameters:
+        return _read_rotations(model) or _read_order(model, "no layer rotates its keys with their position")
+    try:
+        return _read_order(model, "its forward takes no `position_ids`, or makes nothing of them")
+    except ValueError:
+        # A wrapped forward may hand on whatever it gets, positions too.
+        hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        traits = _read_rotations(model) if hands_on else None
+        if traits is None:
+            raise
+        return traits
+
+
+def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
+    """The traits of a model that takes positions; None if no key rotates, and order may show by columns.
 
     The model is run on single tokens, at position 0 and again `distance` positions later. A token alone attends to
     itself, whatever its position. So with relative positions the runs differ in the rotation of the keys and in nothing
     else. Each layer gets the rotation, among those that the model's own tensors suggest, that takes the first run's
     keys to the second's. More runs of a few tokens tell whether all that the model does is relative, and how it keeps
-    its states, if it does. The traits are remembered for as long as the model lives and what they rest on is the same.
-
-    Raises:
-        ValueError: `model` takes no `position_ids`, or ignores them; no rotation fits its keys (learned positions);
-            what it gives is no number; or what it does depends on where tokens are in the cache, or on positions
-            themselves, as far as its dtype shows it.
+    its states, if it does.
     """
-    stamp, traits = _readings.get(model, (None, None))
-    if traits is not None and _is_stamped(model, stamp):
-        return traits
-    names_positions = _names_positions(model)
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
-        rounding = max(torch.finfo(dtype).eps for dtype in _dtypes(model, before))
+        rounding = _rounding(model, before)
         moved, allowed = _difference_when_moved(model, distance, rounding)
     except Exception as error:
         raise _unreadable(
@@ -861,32 +954,59 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
     _refuse_no_numbers(model, before, moved)
     rotations = _fit_rotations(model, before, after, distance, rounding)
     if not any(rotations) and not (any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
-        raise (
-            _unreadable(
-                model,
-                "no layer rotates its keys with their position, so the model knows the order of tokens, if it does, "
-                f"from their places in the cache (as by ALiBi or relative biases), which a stream changes. {USE_ROPE}",
-            )
-            if names_positions
-            else _without_positions(model)
-        )
+        return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in before]
-    traits = ModelTraits(
+    return _traits(model, rotations, before, rounding, distance, ordered=False)
+
+
+def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
+    """The traits of a model that knows the order of tokens by the columns of its cache, or does not know it.
+
+    As tokens leave the window, the others come to stand in other columns. So what is cached of a token may not tell in
+    which column it came. And rows with fewer tokens are filled up with padding, which may change nothing.
+
+    Raises:
+        ValueError: it is no such model. `reason` is why its positions don't serve either.
+    """
+    try:
+        if _keeps_states(model) or any(type(layer).__name__ in UNTOUCHED_LAYERS for layer in default_layers(model)):
+            raise ValueError("some of its layers slide or keep a state, and know no columns")
+        cached, rounding = _refuse_places(model, SOME_COLUMNS)
+        _refuse_seen_padding(model, rounding)
+    except Exception as error:
+        seen = error if type(error) is ValueError else f"it failed on a few tokens ({error!r})"
+        raise _unreadable(
+            model,
+            f"{reason}. Nor does it go by the columns of its cache, as with ALiBi: {seen}. Use a model with rotary "
+            "position embeddings (RoPE) or ALiBi.",
+        ) from error
+    return _traits(model, [None] * len(cached), cached, rounding, SOME_COLUMNS, ordered=True)
+
+
+def _traits(
+    model: PreTrainedModel,
+    rotations: list[Optional[Rotation]],
+    cached: list[dict[str, torch.Tensor]],
+    rounding: float,
+    reach: int,
+    ordered: bool,
+) -> ModelTraits:
+    """The traits of `model` with these, and those that follow from what it `cached` of single tokens."""
+    layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in cached]
+    return ModelTraits(
         rotations,
         layouts,
-        _fingerprint(before),
+        _fingerprint(cached),
         _continues_states(model, rounding),
         _continues_positions(model, rounding),
         rounding,
-        distance,
+        reach,
         # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
         functools.reduce(torch.promote_types, (dtype for layer in layouts for _, dtype, _ in layer), model.dtype),
         trained_length(model.config),
+        ordered,
     )
-    _readings[model] = _stamp(model), traits
-    return traits
 
 
 @torch.no_grad()
@@ -896,6 +1016,9 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     Raises:
         ValueError: `model` fails there, rotates its keys otherwise, or what its tokens see of each other changes.
     """
+    if traits.ordered:
+        _read_more_columns(model, traits, window_length)
+        return
     if reach <= traits.reach:
         return
     named = traits.trained_length is not None and traits.trained_length < window_length
@@ -922,10 +1045,33 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     _readings[model] = _stamp(model), replace(traits, reach=reach)
 
 
-def read_fingerprint(model: PreTrainedModel) -> torch.Tensor:
-    """The fingerprint of `model` as it is now, whatever was read of it before."""
+def _read_more_columns(model: PreTrainedModel, traits: ModelTraits, window_length: int) -> None:
+    """Raise unless `traits` hold for a cache of `window_length` columns too, and remember that they do."""
+    if window_length <= traits.reach:
+        return
+    try:
+        _refuse_places(model, window_length)
+    except Exception as error:
+        longest, tried = traits.reach, window_length
+        while tried - longest > 1:  # between one that serves and one that does not
+            middle = (longest + tried) // 2
+            try:
+                _refuse_places(model, middle)
+                longest = middle
+            except Exception:
+                tried = middle
+        raise _unreadable(
+            model,
+            f"it failed with {window_length} columns in its cache: {error}",
+            f"`window_length` must be at most {longest}, got {window_length}. ",
+        ) from error
+    _readings[model] = _stamp(model), replace(traits, reach=window_length)
+
+
+def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
+    """The fingerprint of `model`, which has these traits, as it is now."""
     with torch.no_grad():
-        return _fingerprint(_cached_at(model, 0))
+        return _fingerprint(_run_on_columns(model, 1)[0] if traits.ordered else _cached_at(model, 0))
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
@@ -1029,13 +1175,86 @@ def _run(
     return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
 
 
+def single_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
+    return torch.tensor(tokens, dtype=torch.long, device=input_device(model))
+
+
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    # Spread over the vocabulary, so that no odd token (padding is often embedded as zero) decides alone.
-    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
-    _, cache = _run(model, torch.tensor(tokens, dtype=torch.long, device=input_device(model)), position)
-    return keys_and_values(cache)
+    return keys_and_values(_run(model, single_tokens(model), position)[1])
+
+
+class ColumnsAlike(DynamicCache):
+    """As a cache in which the new token, alone in its row, stands in all of `number` columns. It takes no memory.
+
+    Attributes:
+        cached: by layer, the `keys` and `values` of the token.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.cached = number, {}
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.number - 1
+
+    def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:
+        return self.number, 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        self.cached[layer_idx] = {"keys": keys, "values": values}
+        return tuple(states.expand(-1, -1, self.number, -1) for states in (keys, values))
+
+
+def _run_on_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """What each layer caches for four single tokens that come last of `number` columns alike; and their logits."""
+    tokens = single_tokens(model)
+    mask = torch.ones(4, number, dtype=torch.long, device=tokens.device)
+    output, cache = _run(model, tokens, None, ColumnsAlike(number), attention_mask=mask)
+    return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], allowed_logits(output)
+
+
+def _refuse_places(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+    """Raise if `model` makes something else of a token that comes as the last of `number` columns than of the first.
+
+    All columns hold that token. So whatever weights a bias gives them, attention gives what it does for one of them.
+
+    Returns:
+        What each layer caches of four single tokens, and the relative rounding.
+    """
+    first, logits = _run_on_columns(model, 1)
+    if not first or len(first) < len(default_layers(model)):
+        raise ValueError("it does not cache the keys and values of its layers")
+    last, other_logits = _run_on_columns(model, number)
+    rounding = _rounding(model, first)
+    changes = [_difference(layer[name], other[name]) for layer, other in zip(first, last) for name in layer]
+    changes.append(_difference(logits, other_logits))
+    if not all(map(math.isfinite, changes)):
+        raise ValueError("what it gives is NaN or infinite for a few tokens (look at its weights, or their dtype)")
+    # The first layer gets the token itself, and later ones what attention has rounded.
+    allowed = 4 * (rounding + number * torch.finfo(torch.float32).eps)
+    if max(changes[:2]) > allowed or max(changes) > 4 * allowed:
+        raise ValueError(
+            f"what it makes of a token changes with its place in the sequence, as where a vector is learned for each. "
+            f"Between the first and the last of {number} columns it differs by {max(changes):.2g} of its length "
+            f"(rounding: {allowed:.2g})"
+        )
+    return first, rounding
+
+
+def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
+    """Raise if what `model` gives for five tokens, of which the last comes alone, differs behind padding."""
+    tokens, logits = some_tokens(model, 9), []
+    for start in (4, 0):  # the first four are padding
+        mask = (torch.arange(start, 9, dtype=torch.long, device=tokens.device) >= 4).long().expand(4, -1)
+        _, cache = _run(model, tokens[:, start:8], None, attention_mask=mask[:, :-1])
+        logits.append(allowed_logits(_run(model, tokens[:, 8:], None, cache, attention_mask=mask)[0]))
+    changed, allowed = _difference(*logits), max(1e-5, 16 * rounding)
+    if changed > allowed:
+        raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
 
 
 def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -1043,10 +1262,19 @@ def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return [layer for layer in cached if layer][-1]["keys"].float().cpu()
 
 
-def _dtypes(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> set[torch.dtype]:
-    """What attention is computed in: sines and cosines have the embedded tokens' dtype, whatever that of the keys."""
+def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> float:
+    """The relative rounding of what attention gets, by the dtypes of the model and of what it `cached`.
+
+    Sines and cosines have the embedded tokens' dtype, whatever that of the keys.
+    """
     embedded = model.get_input_embeddings()(some_tokens(model, 1))
-    return {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
+    dtypes = {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def allowed_logits(output: Any) -> torch.Tensor:
+    """The logits in what a model gave; 0 where a token is ruled out."""
+    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
 
 
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -1073,9 +1301,8 @@ def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: floa
 
 
 def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
-    """The logits of four rows of four tokens from position `start` on; 0 where a token is ruled out."""
-    logits = _run(model, some_tokens(model, 4), start)[0].logits
-    return logits.masked_fill(logits.abs() >= torch.finfo(logits.dtype).max, 0)
+    """The logits of four rows of four tokens from position `start` on."""
+    return allowed_logits(_run(model, some_tokens(model, 4), start)[0])
 
 
 def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
@@ -1241,27 +1468,6 @@ def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueEr
     return cant_stream(model, reason + training if model.training else reason, limit)
 
 
-def _without_positions(model: PreTrainedModel) -> ValueError:
-    return _unreadable(
-        model,
-        "its forward takes no `position_ids`, or makes nothing of them, and a stream must choose them to keep them "
-        f"bounded. {USE_ROPE}",
-    )
-
-
-def _names_positions(model: PreTrainedModel) -> bool:
-    """Whether the model's forward names `position_ids`; raise if it can't take them either.
-
-    A wrapped forward may hand on whatever it gets. Whether it does is tried.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" in parameters:
-        return True
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        raise _without_positions(model)
-    return False
-
-
 def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], moved: float) -> None:
     """Raise if what a model `cached` of a few tokens, or how far what it gave `moved`, is NaN or infinite."""
     seen = [
@@ -1332,7 +1538,7 @@ def takes_masks(model: PreTrainedModel) -> bool:
 
 
 def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> list:
-    """A new layer for each of the model's: a `SinkLayer` where it has full attention, else transformers' own."""
+    """A new layer for each of the model's: one with sinks where it has full attention, else transformers' own."""
     own = [] if slides_everywhere(model) else default_layers(model)
     layers, rings = [], {}
     for layer, rotation, layout in itertools.zip_longest(own[: len(traits.layouts)], traits.rotations, traits.layouts):
@@ -1345,7 +1551,7 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
         elif isinstance(layer, StateLayer):
             layers.append(StateAndSinkLayer(layer.number_of_states, ring))
         else:
-            layers.append(SinkLayer(ring))
+            layers.append(OrderedLayer(ring) if traits.ordered else SinkLayer(ring))
     return layers
 
 
@@ -1444,8 +1650,8 @@ def refuse_model(model: PreTrainedModel, window: Window) -> None:
     chosen = getattr(config, "keep_window_size", None)
     if chosen is not None and window.length > chosen:
         raise ValueError(
-            f"`window_length` must be at most {chosen}, got {window.length}: of more tokens the model's attention chooses "
-            "some, which depends on their order in the cache (`keep_window_size`)."
+            f"`window_length` must be at most {chosen}, got {window.length}: of more tokens the model's attention "
+            "chooses some, which depends on their order in the cache (`keep_window_size`)."
         )
     trained = trained_length(config)
     changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
@@ -1588,6 +1794,12 @@ def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwar
         raise ValueError(
             f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
             "transformers has it append tokens. Leave one of them out."
+        )
+    if any(isinstance(layer, OrderedLayer) for layer in layers):
+        raise ValueError(
+            f"`{name}` checks several tokens at once, which this model ({type(model).__name__}) can't do exactly past "
+            "the window: it knows the order of tokens by the columns of its cache, and those are others for each of "
+            "them. Leave it out, or use a model with rotary position embeddings (RoPE)."
         )
     if not takes_masks(model):
         raise ValueError(
@@ -1870,16 +2082,23 @@ class Stream:
     @property
     def has_sinks_only(self) -> bool:
         """Whether no layer slides, or keeps a state, by itself."""
-        return all(type(layer) is SinkLayer for layer in self.layers)
+        return all(map(has_sinks_only, self.layers))
 
     @property
     def seen(self) -> int:
         """The columns seen."""
-        return self.seq_length(0)
+        return self._seen_by(0)
 
-    def seq_length(self, layer_idx: int) -> int:
+    def _seen_by(self, layer_idx: int) -> int:
         """The columns that a layer has seen."""
         return self._counting_layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
+
+    def seq_length(self, layer_idx: int) -> int:
+        """The columns that a layer has seen; those that are kept, while a model is at work that goes by them."""
+        plan = self._plan
+        if self.traits.ordered and self._prepared and plan is not None and self.layers[-1].seen == plan.start:
+            return plan.num_keys - plan.length
+        return self._seen_by(layer_idx)
 
     def _counting_layer(self, layer_idx: int) -> Any:
         """The layer `layer_idx`, or the first that counts columns if this one does not."""
@@ -1893,9 +2112,12 @@ class Stream:
         layer = self._counting_layer(layer_idx)
         if not isinstance(layer, SinkLayer):
             return layer.get_mask_sizes(sizes)
-        end = layer.seen + query_length(sizes)
-        num_keys = self.plan_update(layer.seen, end - layer.seen).num_keys
-        return num_keys, end - num_keys
+        plan = self.plan_update(layer.seen, query_length(sizes))
+        if not self.traits.ordered:
+            return plan.num_keys, plan.end - plan.num_keys
+        if not self._prepared:  # the model would fail on columns of two numbers before it asks for keys
+            self._refuse_unprepared(plan, self.batch_size)
+        return plan.num_keys, 0
 
     @property
     def keys(self) -> list[Optional[torch.Tensor]]:
@@ -1974,14 +2196,17 @@ class Stream:
         passes save.
 
         Args:
-            takes_masks: whether the model's attention does. If not, what evicts goes in token by token.
+            takes_masks: whether the model's attention does. If not, or if the model goes by the columns of its cache,
+                what evicts goes in token by token.
             chunk_size: `prefill_chunk_size` of `generate`.
             least_last: how many tokens the last update must have at least.
             together: how many of the last tokens come in one update, as far as a chunk holds them.
         """
         start, window, continues = self.seen, self.window, self.traits.continues_states
         default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
-        evicting = min(chunk_size or default, self.most_at_once(start + length)) if takes_masks and continues else 1
+        ordered = self.traits.ordered
+        several = takes_masks and continues and not ordered
+        evicting = min(chunk_size or default, self.most_at_once(start + length)) if several else 1
         fits = window.length - max(max(start - pad, 0) for pad in self.pads)
         sizes = []
         while sum(sizes) < length:
@@ -1993,10 +2218,16 @@ class Stream:
             last = sizes.pop()
             moved = min(least_last - last, sizes[-1])
             sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
-        if not takes_masks and len(sizes) > 1:
+        if not (takes_masks or ordered) and len(sizes) > 1:
             _logger.warning_once(
                 "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash "
                 'attention, takes no mask. Load the model with "sdpa" to have it go in faster.'
+            )
+        if ordered and length > fits and len(sizes) > 1:
+            _logger.warning_once(
+                "Past the window this prompt goes in token by token: the model knows the order of tokens by the "
+                "columns of its cache, which are others for each token. Choose a longer `window_length` to have it go "
+                "in faster."
             )
         ends = list(itertools.accumulate(sizes))
         return [slice(end - size, end) for size, end in zip(sizes, ends)]
@@ -2022,6 +2253,8 @@ class Stream:
         tokens = new_tokens(inputs)
         self.lower_positions_if_needed(tokens.shape[1])
         plan = self.plan_update(self.seen, tokens.shape[1])
+        if self.traits.ordered:
+            return self._inputs_in_order(inputs, plan, tokens)
         self._prepared = True
         positions = inputs.get("position_ids")
         if positions is None:
@@ -2035,6 +2268,17 @@ class Stream:
         elif any(self.pads) or plan.evicts:
             inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
         return inputs | {"position_ids": positions}
+
+    def _inputs_in_order(self, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor) -> dict[str, Any]:
+        """The same for a model that goes by the columns of its cache: no positions, and a mask of padding in these."""
+        if plan.sees_copies:
+            raise ValueError(
+                f"These {plan.length} tokens evict some, and the model knows the order of tokens by the columns of its "
+                "cache, which are others for each of them. Pass one token at a time."
+            )
+        self._prepared = True
+        inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
+        return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
 
     def _masks(self, model: PreTrainedModel, cache: Cache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
         """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
@@ -2143,6 +2387,10 @@ class Stream:
         trained = self.traits.trained_length
         if any(self.pads) or any(self.offsets):
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
+        elif self.traits.ordered:
+            if not plan.evicts:
+                return
+            reason = "the model knows the order of tokens by columns, and counts one for each that was evicted too"
         elif plan.start > 0 and not self.traits.continues_positions:
             reason = "the model would start over from position 0"
         elif plan.end > (self.ceiling if trained is None else trained):
@@ -2186,9 +2434,11 @@ class Stream:
         for layer in self.layers:
             layer.seen = self._plan.end
 
-    def leave_compiled_steps(self) -> None:
-        """Have what follows not be compiled."""
+    def leave_steps(self) -> None:
+        """Have what follows not be compiled, nor taken for a part of the last step, which may have been cut short."""
         self.in_compiled_step, self._slots_mask = False, None
+        if self.traits.ordered:
+            self._plan = None
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Make row `i` of the batch what row `indices[i]` was."""
@@ -2246,7 +2496,7 @@ class Stream:
     @property
     def can_take_back(self) -> bool:
         """Whether all layers can forget their latest tokens."""
-        return all(type(layer) is SinkLayer or (can_record(layer) and layer.record_past) for layer in self.layers)
+        return all(has_sinks_only(layer) or (can_record(layer) and layer.record_past) for layer in self.layers)
 
     @property
     def num_removable(self) -> int:
@@ -2312,8 +2562,10 @@ def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
 
     It is far enough above the window that shifting back is rare, and above the reach of layers that slide by
     themselves, so that no key meets it twice. It is low enough that float32 is exact about angles, and never past the
-    length that the model was trained on.
+    length that the model was trained on. A model that gets no positions has none.
     """
+    if traits.ordered:
+        return sys.maxsize
     ceiling = max(4 * window.length, 4096, *(getattr(layer, "sliding_window", 0) for layer in layers))
     return max(window.length, min(ceiling, traits.trained_length or ceiling))
 
@@ -2978,7 +3230,9 @@ class SinkCache(Cache):
     *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
     `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
     before the oldest of these. `get_seq_length()` is the number of tokens seen. That holds for layers with full
-    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them.
+    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them. A
+    model that knows the order of tokens by the columns of its cache (ALiBi, arXiv:2108.12409) gets what is kept in
+    order; while it is at work on prepared inputs, `get_seq_length()` is how many tokens that are.
 
     *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
     `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
@@ -2987,9 +3241,9 @@ class SinkCache(Cache):
     All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
-    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length, and
-    going on with rows that were padded or shifted back. What the cache can't see there, and is wrong: one row that is
-    padded, and `position_ids` other than the model's own.
+    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
+    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by. What
+    the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
@@ -3027,11 +3281,11 @@ class SinkCache(Cache):
         self._hold(self.held.renewed())
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
-        """Read the rotation of every layer off `model`, and stream from now on.
+        """Read off `model` how its layers rotate their keys, or whether they go by columns, and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions. It is run on a few tokens, once as long as it stays as
-                it is, and nothing is changed on it; the cache does not keep it alive.
+            model: a decoder-only model with relative positions, or ALiBi. It is run on a few tokens, once as long as it
+                stays as it is, and nothing is changed on it; the cache does not keep it alive.
 
         Returns:
             This cache.
@@ -3155,13 +3409,14 @@ class SinkCache(Cache):
         Args:
             input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
                 same. If they evict some, attention sees `length * num_sink_tokens` keys more: pass a long prompt by a
-                few.
+                few. A model that goes by the columns of its cache takes one at a time, then.
             attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
                 each row has at least one of. Not needed without padding, or again.
 
         Returns:
             `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
-            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other.
+            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other. A model that
+            goes by the columns of its cache gets no `position_ids`, and int64 `[batch, keys]` for `attention_mask`.
 
         Raises:
             ValueError: the cache is not bound, or the arguments don't fit to what it holds.
@@ -3189,7 +3444,7 @@ class SinkCache(Cache):
         return stream.inputs_for_step(model, inputs)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        """Tokens seen, padding included, if bound; tokens stored if not."""
+        """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
         return self.held.seq_length(layer_idx)
 
     def get_max_length(self, *args, **kwargs) -> int:
@@ -3293,7 +3548,7 @@ class SinkCache(Cache):
         stream, model = self.held, self._bound_model
         stream.settle()
         if model is not None:
-            stream.traits = replace(stream.traits, fingerprint=read_fingerprint(model))
+            stream.traits = replace(stream.traits, fingerprint=read_fingerprint(model, stream.traits))
         state, tensors = pack(stream)
         write_file(path, tensors, {"sink_cache": json.dumps(state)})
 
@@ -3328,7 +3583,9 @@ class SinkCache(Cache):
             state = checked_state(text, tensors)
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
             model = cache._bound_model
-            refuse_other_tensors(state, tensors, cache.held, read_fingerprint(model), cache._layout())
+            refuse_other_tensors(
+                state, tensors, cache.held, read_fingerprint(model, cache.held.traits), cache._layout()
+            )
         except ValueError as error:
             raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
         unpack(cache.held, state, tensors, input_device(model))
@@ -3491,7 +3748,7 @@ class StreamedCall:
         finally:
             stream = self.stream
             stream.record_past = recorded
-            stream.leave_compiled_steps()
+            stream.leave_steps()
             stream.transcript.forget_from(stream.seen)
             stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
@@ -3544,8 +3801,10 @@ class StreamedCall:
 
     @property
     def _can_step_in_tensors(self) -> bool:
-        """Whether single tokens can go in by compiled code: by tensors alone, with a mask, and nothing recorded."""
-        return self.stream.has_sinks_only and takes_masks(self.model) and not self.stream.record_past
+        """Whether single tokens can go in by compiled code: in tensors, with a mask, not in order, and not recorded."""
+        stream = self.stream
+        in_tensors = stream.has_sinks_only and not stream.traits.ordered
+        return in_tensors and takes_masks(self.model) and not stream.record_past
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
@@ -3694,8 +3953,8 @@ class SyncedCall(StreamedCall):
     def _idle_inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
         """The model's inputs for an idle pass of as many rows as `tokens`: its output means nothing."""
         ids = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-        cache = default_cache(self.model.config)
-        return {"input_ids": ids, "position_ids": torch.zeros_like(ids), "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids, "past_key_values": default_cache(self.model.config), "use_cache": True}
+        return inputs if self.stream.traits.ordered else inputs | {"position_ids": torch.zeros_like(ids)}
 
 
 class Drafter:
@@ -3805,13 +4064,13 @@ def generate(
     was loaded from a repository with this file has it as its own `generate`, which takes the prompt first, as ever.
 
     As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
-    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, flash attention, or a
-    model that can't be one graph; and not with `disable_compile`.
+    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, ALiBi, flash attention,
+    or a model that can't be one graph; and not with `disable_compile`.
 
     Args:
         args: `model` and those after it, by hand; where `model` is given by name, what its class's `generate` takes.
-        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, or recurrent states),
-            also in a wrapper of `torch.compile` or peft.
+        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, recurrent states, or
+            ALiBi), also in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
@@ -3831,7 +4090,7 @@ def generate(
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
                 alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
                 chunks of `3/4 * window_length / num_sink_tokens`, at most 256: attention sees a copy of the sinks for
-                each token of a chunk, and these take three quarters of a window.
+                each token of a chunk, and these take three quarters of a window. With ALiBi it goes in token by token.
             assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
                 assistant drafts in a window of its own, as long as the model's.
 

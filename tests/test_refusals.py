@@ -253,10 +253,9 @@ MODELS = {
         ),
         "keys of its layer 0 change with their position, but not by a rotation",
     ),
-    "no position ids": (lambda: tiny("bloom", hidden_size=32, n_layer=2, n_head=2), "takes no `position_ids`"),
-    "ALiBi": (
-        lambda: tiny("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True),
-        "no layer rotates its keys with their position",
+    "learned positions that are not passed, BART": (
+        lambda: tiny("bart", d_model=32, encoder_layers=2, decoder_layers=2, decoder_ffn_dim=32),
+        "changes with its place in the sequence|does not cache the keys and values of its layers",
     ),
     "a table of positions that grows with the sequence": (
         breaks_on_its_own,
@@ -296,8 +295,9 @@ def test_models(build, reason):
     passes = forward_passes(model)
     with pytest.raises(ValueError, match=f"`model`.*can't be streamed.*{reason}"):
         generate(model, input_ids=prompt(5), max_new_tokens=5)
-    # At most those that read the rotation, of single tokens, and see whether four give the same elsewhere.
-    assert passes in ([], [1], [1, 1], [1, 1, 4, 4, 4])
+    # At most those that read the rotation, of single tokens, and see whether four give the same elsewhere; before them,
+    # where positions are not named, those of single tokens that see whether columns tell the order.
+    assert passes in ([], [1], [1, 1], [1, 1, 4, 4, 4], [1, 1, 1, 1, 4, 4, 4])
 
 
 def test_a_model_in_training_mode_with_dropout():

@@ -22,9 +22,9 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_TYPES
 
-from custom_generate.generate import SinkCache, SinkLayer, generate, read_model
+from custom_generate.generate import OrderedLayer, SinkCache, SinkLayer, generate, read_model
 from tests.support.helpers import prompt, seeded
-from tests.support.oracle import difference, oracle
+from tests.support.oracle import difference, oracle, oracle_in_order
 from tools.published import PUBLISHED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +258,8 @@ def _difference(
             output_logits=True,
         )
     logits, tokens = torch.cat(output.logits), output.sequences[0].tolist()
-    expected = oracle(reference, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    its_oracle = oracle_in_order if any(isinstance(layer, OrderedLayer) for layer in cache.layers) else oracle
+    expected = its_oracle(reference, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)
     return difference(logits, expected[length - 1 : -1])
 
 
@@ -284,6 +285,8 @@ def _kinds(model: PreTrainedModel, layers: list) -> list[str]:
     for index, layer in enumerate(layers):
         if not getattr(layer, "is_initialized", True):
             kinds[index] = "unused"
+        elif isinstance(layer, OrderedLayer):
+            kinds[index] = f"ordered {kinds[index]}".removesuffix(" full")
         elif isinstance(layer, SinkLayer) and layer.ring.rotation is None:
             kinds[index] = f"position-free {kinds[index]}".removesuffix(" full")
     return kinds
@@ -333,7 +336,10 @@ prompt longer than the window, several tokens at a time.
 - **layers**: what mixes tokens in them, as the type's configuration calls it. *Full* attention keeps sinks and a
   window, and so does *sliding* attention where all layers slide. Beside full attention, *sliding* and *chunked*
   attention and recurrent states (*linear*, *conv*) are left as they are; *hybrid* is attention with a state in one
-  layer. *Position-free* attention rotates no keys. *Unused* are layers for images, which got none.
+  layer. *Position-free* attention rotates no keys. *Unused* are layers for images, which got none. *Ordered* attention
+  knows the order of tokens by the columns of the cache (ALiBi: BLOOM, MPT, and Falcon where `alibi` is set). It costs a
+  copy of the window at each step, several tokens that evict go in one by one, and nothing is compiled. It is compared
+  with a plain cache out of which the oldest token behind the sinks is cut at each step.
 - **rotation**: how the keys were found to rotate with their position: which cached tensor does, whether its pairs are
   neighbours (*interleaved*) or the two halves, and how many dimensions of each (tiny) head rotate.
 
@@ -362,10 +368,10 @@ Settings are in `tools/published.py`.
 REASONS = {
     "not by a rotation": "Its keys change with their position, but not by a rotation, as where a vector is learned for "
     "each position. They can't be moved as tokens are evicted.",
-    "takes no `position_ids`": "Its forward takes no `position_ids`, or makes nothing of them (ALiBi, and most "
-    "encoder-decoders). A stream must choose positions to keep them bounded.",
-    "no layer": "No layer rotates its keys. If the model knows the order of tokens, it knows it from their places in "
-    "the cache (relative biases), and a stream changes these.",
+    "takes no `position_ids`": "Its forward takes no `position_ids`, or makes nothing of them, and what it caches of a "
+    "token tells the token's place (most encoder-decoders). A stream must change these places to keep them bounded.",
+    "no layer": "No layer rotates its keys, and it does not go by the columns of its cache either: it has none, or has "
+    "layers beside it that slide or keep a state.",
     "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
     "more than keys and values": "Its layers cache more than keys and values, such as an index that chooses tokens.",
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "

@@ -1,7 +1,7 @@
-"""The oracle: what streaming must give, from neither a cache nor a rotation of this repository's."""
+"""The oracles: what streaming must give, from neither a cache nor a rotation of this repository's."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 @torch.no_grad()
@@ -73,6 +73,43 @@ def oracle(
     for hook in hooks:
         hook.remove()
     return output.logits[0, : len(tokens)]
+
+
+@torch.no_grad()
+def oracle_in_order(
+    model: PreTrainedModel, tokens: list[int], window_length: int, num_sink_tokens: int
+) -> torch.Tensor:
+    """The same for a model that knows the order of tokens by the columns of its cache, as by ALiBi.
+
+    Tokens go one by one into a cache of transformers, out of which the oldest behind the sinks is cut by hand. The mask
+    is as long as what is kept.
+    """
+    cache, logits = DynamicCache(), []
+    for token in tokens:
+        kept = min(len(logits), window_length - 1)
+        if len(logits) >= window_length:
+            if hasattr(cache, "layers"):
+                for layer in cache.layers:
+                    layer.keys, layer.values = (
+                        _without(states, num_sink_tokens) for states in (layer.keys, layer.values)
+                    )
+            else:  # until 4.53
+                for states in (cache.key_cache, cache.value_cache):
+                    states[:] = [_without(each, num_sink_tokens) for each in states]
+        assert cache.get_seq_length() == kept
+        output = model(
+            input_ids=torch.tensor([[token]]),
+            attention_mask=torch.ones(1, kept + 1, dtype=torch.long),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits[0, -1])
+    return torch.stack(logits)
+
+
+def _without(states: torch.Tensor, column: int) -> torch.Tensor:
+    """`states`, `[1, kv_heads, columns, head_dim]`, but for one column."""
+    return torch.cat([states[:, :, :column], states[:, :, column + 1 :]], dim=2)
 
 
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
