@@ -129,6 +129,8 @@ class UpdatePlan:
         first_slots: `[rows]`, the slot of the first new token.
         kept: `[rows]`, how many of the tokens seen are still kept beside the new ones.
         num_keys: how many keys the new tokens are given.
+        place: how many tokens a model that counts them is told to have been before: as many as are kept, so it counts
+            no further than the window is long.
         needs_mask: whether attention must be told which of them each token sees.
     """
 
@@ -146,6 +148,7 @@ class UpdatePlan:
         else:
             self.sink_shifts = [max(seen - window.length + 1, 0) - offset for seen, offset in zip(self.seen, offsets)]
             self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
+        self.place = max(window.length - length, 0) if self.sees_copies else self.num_keys - length
         self.first_slots = [window.slot(seen) for seen in self.seen]
         # For a single token, all rows whose window is full are alike.
         self.kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
@@ -312,6 +315,11 @@ except ImportError:  # until 4.53 a cache has no layer objects
 # Until 4.53 a model makes its mask for all tokens seen and uses its first columns. Once tokens are evicted, that is
 # wrong.
 MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
+
+# Until 5.3 a model is told which columns are new (`cache_position`). Later ones ask the cache how many it has seen.
+TELLS_COLUMNS = RELEASE < (5, 4)
+# Until then, and some releases further on, one count of columns is for the masks of all kinds of layers.
+COUNTS_BY_LAYER = hasattr(Cache, "get_query_offset")
 
 # 4.52 configurations have no `layer_types`. This attribute marks those with layers of several kinds.
 HYBRID_MARKER = "cache_implementation"
@@ -877,6 +885,7 @@ class ModelTraits:
         mask_dtype: of the masks that its attention takes.
         trained_length: see the function of that name.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
+        counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
     """
 
     rotations: list[Optional[Rotation]]
@@ -889,6 +898,7 @@ class ModelTraits:
     mask_dtype: torch.dtype
     trained_length: Optional[int]
     ordered: bool
+    counts_places: bool
 
 
 # With how many columns it is tried whether a model goes by them, at first.
@@ -1006,6 +1016,7 @@ def _traits(
         functools.reduce(torch.promote_types, (dtype for layer in layouts for _, dtype, _ in layer), model.dtype),
         trained_length(model.config),
         ordered,
+        ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
     )
 
 
@@ -1510,6 +1521,16 @@ def trained_length(config: Any) -> Optional[int]:
     return min((int(length) for length in named if length), default=None)
 
 
+def unscaled_length(config: Any) -> Optional[int]:
+    """How many tokens the model takes before it scales queries by their place; None if it does not, by its names."""
+    config = config.get_text_config(decoder=True)
+    named = [config.floor_scale - 1] if getattr(config, "attn_temperature_tuning", False) else []
+    for settings in rope_parameters(config):
+        if settings.get("llama_4_scaling_beta"):
+            named.append(settings["original_max_position_embeddings"])
+    return min(named, default=None)
+
+
 def rope_parameters(config: Any) -> list[dict]:
     """The model's RoPE settings: one dict, or one for each kind of layer."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -1652,6 +1673,12 @@ def refuse_model(model: PreTrainedModel, window: Window) -> None:
         raise ValueError(
             f"`window_length` must be at most {chosen}, got {window.length}: of more tokens the model's attention "
             "chooses some, which depends on their order in the cache (`keep_window_size`)."
+        )
+    unscaled = unscaled_length(config)
+    if unscaled is not None and window.length > unscaled:
+        raise ValueError(
+            f"`window_length` must be at most {unscaled}, got {window.length}: past that the model scales its queries "
+            "by their place, and tokens of one update would be scaled otherwise than one by one."
         )
     trained = trained_length(config)
     changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
@@ -2094,11 +2121,16 @@ class Stream:
         return self._counting_layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
 
     def seq_length(self, layer_idx: int) -> int:
-        """The columns that a layer has seen; those that are kept, while a model is at work that goes by them."""
-        plan = self._plan
-        if self.traits.ordered and self._prepared and plan is not None and self.layers[-1].seen == plan.start:
-            return plan.num_keys - plan.length
-        return self._seen_by(layer_idx)
+        """The columns that a layer has seen; or what a model is told while it is at work, `UpdatePlan.place`."""
+        seen, plan = self._seen_by(layer_idx), self._plan
+        if not self._counts_places or not isinstance(self._counting_layer(layer_idx), SinkLayer):
+            return seen
+        return plan.place if self.sink_layers[-1].seen == plan.start else seen
+
+    @property
+    def _counts_places(self) -> bool:
+        """Whether the model was prepared for an update in which it is told places, and not columns."""
+        return self._prepared and self._plan is not None and self.traits.counts_places
 
     def _counting_layer(self, layer_idx: int) -> Any:
         """The layer `layer_idx`, or the first that counts columns if this one does not."""
@@ -2113,11 +2145,12 @@ class Stream:
         if not isinstance(layer, SinkLayer):
             return layer.get_mask_sizes(sizes)
         plan = self.plan_update(layer.seen, query_length(sizes))
-        if not self.traits.ordered:
-            return plan.num_keys, plan.end - plan.num_keys
-        if not self._prepared:  # the model would fail on columns of two numbers before it asks for keys
+        if (
+            self.traits.ordered and not self._prepared
+        ):  # it would fail on columns of two numbers before it asks for keys
             self._refuse_unprepared(plan, self.batch_size)
-        return plan.num_keys, 0
+        end = plan.place + plan.length if self._counts_places else plan.end
+        return plan.num_keys, end - plan.num_keys
 
     @property
     def keys(self) -> list[Optional[torch.Tensor]]:
@@ -2267,6 +2300,8 @@ class Stream:
             inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
         elif any(self.pads) or plan.evicts:
             inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
+        if TELLS_COLUMNS and self._counts_places:
+            set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
         return inputs | {"position_ids": positions}
 
     def _inputs_in_order(self, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor) -> dict[str, Any]:
@@ -2299,7 +2334,8 @@ class Stream:
         several = any(
             type(layer).__name__ in UNTOUCHED_LAYERS or isinstance(layer, StateLayer) for layer in self.layers
         )
-        by_kind = several and (padded or plan.sees_copies)
+        one_count = not COUNTS_BY_LAYER and self._counts_places and plan.place != plan.start
+        by_kind = several and (padded or plan.sees_copies or one_count)
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
         if plan.needs_mask or (leaves_it and takes_masks(model)):
@@ -3242,7 +3278,7 @@ class SinkCache(Cache):
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
     was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
-    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by. What
+    going on with rows that were padded or shifted back, and evictions where the model goes by columns. What
     the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
