@@ -3011,8 +3011,8 @@ class SinkCache(Cache):
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
     was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
-    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by. What
-    the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
+    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by.
+    What the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
