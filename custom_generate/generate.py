@@ -973,7 +973,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
 def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
     """The traits of a model that knows the order of tokens by the columns of its cache, or does not know it.
 
-    As tokens leave the window, the others come to stand in other columns. So what is cached of a token may not tell in
+    As tokens leave the window, the others come to stand in other columns. So what is cached of a token must not tell in
     which column it came. And rows with fewer tokens are filled up with padding, which may change nothing.
 
     Raises:
@@ -1186,7 +1186,7 @@ def _run(
     return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
 
 
-def single_tokens(model: PreTrainedModel) -> torch.Tensor:
+def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
     """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
@@ -1195,10 +1195,10 @@ def single_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
-    return keys_and_values(_run(model, single_tokens(model), position)[1])
+    return keys_and_values(_run(model, _single_tokens(model), position)[1])
 
 
-class ColumnsAlike(DynamicCache):
+class _ColumnsAlike(DynamicCache):
     """As a cache in which the new token, alone in its row, stands in all of `number` columns. It takes no memory.
 
     Attributes:
@@ -1222,10 +1222,10 @@ class ColumnsAlike(DynamicCache):
 
 def _run_on_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """What each layer caches for four single tokens that come last of `number` columns alike; and their logits."""
-    tokens = single_tokens(model)
+    tokens = _single_tokens(model)
     mask = torch.ones(4, number, dtype=torch.long, device=tokens.device)
-    output, cache = _run(model, tokens, None, ColumnsAlike(number), attention_mask=mask)
-    return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], allowed_logits(output)
+    output, cache = _run(model, tokens, None, _ColumnsAlike(number), attention_mask=mask)
+    return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], _allowed_logits(output)
 
 
 def _refuse_places(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
@@ -1262,7 +1262,7 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
     for start in (4, 0):  # the first four are padding
         mask = (torch.arange(start, 9, dtype=torch.long, device=tokens.device) >= 4).long().expand(4, -1)
         _, cache = _run(model, tokens[:, start:8], None, attention_mask=mask[:, :-1])
-        logits.append(allowed_logits(_run(model, tokens[:, 8:], None, cache, attention_mask=mask)[0]))
+        logits.append(_allowed_logits(_run(model, tokens[:, 8:], None, cache, attention_mask=mask)[0]))
     changed, allowed = _difference(*logits), max(1e-5, 16 * rounding)
     if changed > allowed:
         raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
@@ -1283,7 +1283,7 @@ def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> 
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def allowed_logits(output: Any) -> torch.Tensor:
+def _allowed_logits(output: Any) -> torch.Tensor:
     """The logits in what a model gave; 0 where a token is ruled out."""
     return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
 
@@ -1313,7 +1313,7 @@ def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: floa
 
 def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
     """The logits of four rows of four tokens from position `start` on."""
-    return allowed_logits(_run(model, some_tokens(model, 4), start)[0])
+    return _allowed_logits(_run(model, some_tokens(model, 4), start)[0])
 
 
 def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
@@ -3278,8 +3278,8 @@ class SinkCache(Cache):
     calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
     was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
-    going on with rows that were padded or shifted back, and evictions where the model goes by columns. What
-    the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
+    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by.
+    What the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
