@@ -118,6 +118,7 @@ PUBLISHED: dict[str, tuple[str, Settings]] = {
     "Cohere R+: normed queries and keys": ("cohere", dict(use_qk_norm=True)),
     "Falcon 7B: one key head": ("falcon", dict(multi_query=True, new_decoder_architecture=False, alibi=False)),
     "Falcon 40B: another decoder": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False)),
+    "Falcon RW: ALiBi": ("falcon", dict(multi_query=False, new_decoder_architecture=False, alibi=True)),
     "GPT-NeoX: a quarter rotates, not parallel": (
         "gpt_neox",
         dict(
