@@ -28,7 +28,7 @@ NEWEST_ONLY = [
     "programs",
     "push",
 ]
-NEWEST_ONLY += ["reading", "reading_again", "readme", "rotation", "synced"]
+NEWEST_ONLY += ["reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
 FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]
 
 rows = []

@@ -1,16 +1,18 @@
 """What the documents say to run, runs as it stands there, with a tiny model behind the real one's name."""
 
+import ast
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pexpect
 import pytest
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from custom_generate.generate import __version__
+from custom_generate.generate import __version__, generate
 from tests.support import ROOT
 from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
 from tests.support.helpers import loadable, prompt, small_model, small_tokenizer
@@ -74,6 +76,28 @@ def test_usage(workplace):
         cache = output.past_key_values
         assert cache.window_length == settings["window_length"]
         assert (cache.kept_nbytes(streaming) > 0) == ("kept_conversations" in settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3), ids=["tensor parallel", "split", "sharded"])
+def test_two_processes(workplace, number):
+    code = snippets("docs/usage.md", "py")[number]
+    command, file = code.splitlines()[0].removeprefix("# ").rsplit(maxsplit=1)
+    Path(file).write_text(code)
+    program, *arguments = command.replace("launch", "launch --cpu").split()
+    command = [Path(sys.executable).with_name(program), *arguments, file]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    said = sorted(ast.literal_eval(line)[0] for line in re.findall(r"\[(?:'.*?'|\".*?\")\]", ran.stdout))
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("qwen"), AutoTokenizer.from_pretrained("qwen")
+    texts = ["Once upon a time,", "The sea was calm that night, and"]
+    expected = []
+    for text in texts[:1] * 2 if file == "tensor_parallel.py" else texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        expected.append(tokenizer.decode(generate(model, 32, 4, **inputs, max_new_tokens=60)[0]))
+    assert said == sorted(expected)
 
 
 @pytest.mark.slow
