@@ -7,7 +7,7 @@ OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m
 MODEL := .cache/SmolLM2-135M-Instruct
 
-.PHONY: help demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted turns flat endless peers push clean
+.PHONY: help demo chat test quick matrix lint architectures perplexity recall prefill update decode assisted turns flat endless peers gpu push clean
 
 help:
 	@echo 'make demo     a story past a small window, and what the sinks are for   (ARGS="--window-length 256 --max-new-tokens 2000")'
@@ -30,6 +30,7 @@ help:
 	@echo 'make decode       what a decoded token takes, eager and compiled, beside the caches of transformers'
 	@echo 'make flat         a million tokens, and whether time and memory stay what they were'
 	@echo 'make endless      a million tokens, and whether errors pile up'
+	@echo 'make gpu          short forms of these, and the tests that need a GPU, in under ten minutes'
 	@echo 'make peers        all that generates far, in one run: a table and a plot'
 
 demo: .venv/ready $(MODEL)
@@ -73,6 +74,9 @@ update endless: .venv/ready
 
 peers: .venv/ready .cache/plot
 	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.peers $(ARGS)
+
+gpu: .venv/ready .cache/plot
+	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.gpu $(ARGS)
 
 # Apart, because with what it brings along transformers builds other models than `make architectures` wrote down.
 .cache/plot: | .venv/ready

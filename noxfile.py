@@ -19,6 +19,7 @@ NEWEST_ONLY = [
     "arguments",
     "chat",
     "damaged",
+    "device",
     "files",
     "in_use",
     "installed",

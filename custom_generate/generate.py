@@ -670,6 +670,9 @@ class SinkLayer(CacheLayerMixin):
         if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
             slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
+        elif plan.length == 1 and min(plan.num_new) == 1:  # as all rows are new, two indices less
+            rows, _, slots = plan.writes(key_states.device)
+            self.keys[rows, :, slots], self.values[rows, :, slots] = key_states[:, :, 0], value_states[:, :, 0]
         else:
             rows, columns, slots = plan.writes(key_states.device)
             self.keys[rows, :, slots] = key_states[rows, :, columns]

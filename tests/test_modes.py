@@ -108,13 +108,19 @@ def test_every_tensor_that_is_made_says_its_dtype_and_device():
 
 
 @pytest.mark.parametrize("read", ["before", "after"])
-def test_weights_that_are_elsewhere_until_they_are_needed(read, tmp_path):
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_weights_that_are_elsewhere_until_they_are_needed(where, read, tmp_path):
     model, inputs = small_model(), left_padded([prompt(9), prompt(30)])
     settings = dict(max_new_tokens=30, do_sample=False)
     expected = generate(small_model(), 16, 4, **inputs, **settings)
     if read == "before":
         SinkCache(16, 4).bind(model)
-    accelerate.cpu_offload(model, execution_device="cpu")
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:  # as `device_map` does where memory is short
+        device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+        device_map |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+        accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path / "weights")
     cache = SinkCache(16, 4)
     tokens = generate(model, past_key_values=cache, **inputs, **settings)
     assert torch.equal(tokens, expected)
