@@ -22,6 +22,7 @@ NEWEST_ONLY = [
     "device",
     "files",
     "in_use",
+    "indexed",
     "installed",
     "modes",
     "numerics",

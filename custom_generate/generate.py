@@ -336,7 +336,7 @@ if RELEASE >= (5, 15):  # until then models lose a state when they get several t
     from transformers.cache_utils import LinearAttentionLayer as StateLayer
 
     CACHED_KINDS = None
-    FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer"]
+    FULL_LAYERS += ["LinearAttentionAndFullAttentionLayer", "DynamicIndexedLayer"]
     UNTOUCHED_LAYERS += ["LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"]
 else:
 
@@ -390,12 +390,22 @@ def default_layers(model: PreTrainedModel) -> list:
 
 
 def keys_and_values(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
-    """The `keys` and `values` of each layer, `[batch, kv_heads, seq, head_dim]`; empty for a layer without."""
-    if MASKS_FOLLOW_THE_CACHE:
-        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    else:
+    """The `keys` and `values` of each layer, `[batch, kv_heads, seq, head_dim]`; empty for a layer without.
+
+    Beside them may be `indexer_keys`, `[batch, 1, seq, index_dim]`, by which attention chooses its tokens.
+    """
+    if not MASKS_FOLLOW_THE_CACHE:
         kept = zip(cache.key_cache, cache.value_cache)
-    return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
+        return [{} if keys is None else {"keys": keys, "values": values} for keys, values in kept]
+    cached = []
+    for layer in cache.layers:
+        tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+        if getattr(layer, "indexer_keys", None) is not None:
+            tensors["indexer_keys"] = layer.indexer_keys.unsqueeze(1)
+        if getattr(layer, "indexer_position_ids", None) is not None:
+            raise ValueError("its layers cache more than keys and values (the positions of an index)")
+        cached.append({} if tensors["keys"] is None else tensors)
+    return cached
 
 
 def default_mask(
@@ -804,6 +814,36 @@ class OrderedLayer(SinkLayer):
         return super().get_mask_sizes(sizes)[0], 0
 
 
+class IndexedLayer(SinkLayer):
+    """A `SinkLayer` of attention that chooses its tokens by an index (DeepSeek sparse attention), whose keys it keeps.
+
+    The index has keys of its own, one head of them, which rotate in their own way. They are in the same slots. Where
+    tokens score alike, which of them are chosen is by chance, as with any cache.
+
+    Args:
+        ring: of `SinkLayer`.
+        index_ring: where the keys of the index are kept; it has no values.
+    """
+
+    def __init__(self, ring: Ring, index_ring: Ring):
+        super().__init__(ring)
+        self.indexer = SinkLayer(index_ring)
+
+    def update_indexer(self, key_states: torch.Tensor, plan: UpdatePlan) -> torch.Tensor:
+        """Take in new keys of the index, `[batch, length, index_dim]`; return those to choose among.
+
+        Returns:
+            `[batch, plan.num_keys, index_dim]`, in the order of the keys that `update` returns.
+        """
+        keys = key_states.unsqueeze(1)
+        return self.indexer.update(keys, keys[..., :0], plan)[0].squeeze(1)
+
+    def take_back(self, end: int, pads: list[int]) -> None:
+        """Forget all columns from `end` on, in the index too."""
+        super().take_back(end, pads)
+        self.indexer.take_back(end, pads)
+
+
 class StateAndSinkLayer(SinkLayer, StateLayer):
     """A layer with full attention and a recurrent state side by side (arXiv:2411.13676). It keeps both.
 
@@ -834,6 +874,8 @@ def can_record(layer: Any) -> bool:
 def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
     """All that a layer holds, by name."""
     tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    if isinstance(layer, IndexedLayer):
+        tensors["indexer_keys"] = layer.indexer.keys
     for name in ("conv_states", "recurrent_states"):
         tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -845,7 +887,8 @@ def own_tensors(layer: Any) -> list[torch.Tensor]:
         return list(layer_tensors(layer).values())
     ring, evicted = layer.ring, layer.evicted
     tensors = [ring.keys, ring.values, ring.sinks, evicted.keys, evicted.values]
-    tensors += [tensor for name, tensor in layer_tensors(layer).items() if name not in ("keys", "values")]
+    tensors += own_tensors(layer.indexer) if isinstance(layer, IndexedLayer) else []
+    tensors += [tensor for name, tensor in layer_tensors(layer).items() if "states" in name]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -856,6 +899,9 @@ def restore_layer(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> No
         layer.keys.copy_(tensors["keys"])
         layer.values.copy_(tensors["values"])
         layer.seen = seen
+        if isinstance(layer, IndexedLayer):
+            keys = tensors["indexer_keys"]
+            restore_layer(layer.indexer, {"keys": keys, "values": keys[..., :0]}, seen)
     elif "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
         layer.cumulative_length = seen
@@ -878,6 +924,7 @@ class ModelTraits:
 
     Args:
         rotations: how each layer rotates its keys, None for one whose keys have no position.
+        index_rotations: the same of the keys of its index, by which it chooses tokens; None for one without.
         layouts: for each layer, the shape, dtype and device of each tensor that it caches of text, equal in equal
             layers; empty if it caches nothing of text.
         fingerprint: what the model is known by, its last keys for some tokens: float32 `[4, kv_heads, 1, head_dim]`.
@@ -892,6 +939,7 @@ class ModelTraits:
     """
 
     rotations: list[Optional[Rotation]]
+    index_rotations: list[Optional[Rotation]]
     layouts: list[tuple]
     fingerprint: torch.Tensor
     continues_states: bool
@@ -965,12 +1013,15 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
             f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read: {error}",
         ) from error
     _refuse_no_numbers(model, before, moved)
+    (before, before_of_index), (after, after_of_index) = without_index(before), without_index(after)
     rotations = _fit_rotations(model, before, after, distance, rounding)
+    index_rotations = _fit_rotations(model, before_of_index, after_of_index, distance, rounding)
     if not any(rotations) and not (any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    return _traits(model, rotations, before, rounding, distance, ordered=False)
+    cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
+    return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
 
 def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
@@ -994,12 +1045,14 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
             f"{reason}. Nor does it go by the columns of its cache, as with ALiBi: {seen}. Use a model with rotary "
             "position embeddings (RoPE) or ALiBi.",
         ) from error
-    return _traits(model, [None] * len(cached), cached, rounding, SOME_COLUMNS, ordered=True)
+    unmoved = [None] * len(cached)
+    return _traits(model, unmoved, unmoved, cached, rounding, SOME_COLUMNS, ordered=True)
 
 
 def _traits(
     model: PreTrainedModel,
     rotations: list[Optional[Rotation]],
+    index_rotations: list[Optional[Rotation]],
     cached: list[dict[str, torch.Tensor]],
     rounding: float,
     reach: int,
@@ -1009,6 +1062,7 @@ def _traits(
     layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in cached]
     return ModelTraits(
         rotations,
+        index_rotations,
         layouts,
         _fingerprint(cached),
         _continues_states(model, rounding),
@@ -1043,17 +1097,19 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     except Exception as error:
         raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
     tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
-    for layer_idx, rotation in enumerate(traits.rotations):
-        for tensor, states in before[layer_idx].items():
-            candidates = [rotation] if rotation is not None and rotation.tensor == tensor else []
-            left, found = _fit_rotation(states.cpu(), after[layer_idx][tensor].cpu(), reach, candidates)
-            if left > tolerance or (candidates and found is None and states.any()):
-                raise _unreadable(
-                    model,
-                    f"at position {reach} the keys of its layer {layer_idx} are rotated otherwise than up to "
-                    f"{traits.reach}, so keys of both don't fit together.",
-                    limit,
-                )
+    own_and_index = zip((traits.rotations, traits.index_rotations), without_index(before), without_index(after))
+    for rotations, here, there in own_and_index:
+        for layer_idx, rotation in enumerate(rotations):
+            for tensor, states in here[layer_idx].items():
+                candidates = [rotation] if rotation is not None and rotation.tensor == tensor else []
+                left, found = _fit_rotation(states.cpu(), there[layer_idx][tensor].cpu(), reach, candidates)
+                if left > tolerance or (candidates and found is None and states.any()):
+                    raise _unreadable(
+                        model,
+                        f"at position {reach} the keys of its layer {layer_idx} are rotated otherwise than up to "
+                        f"{traits.reach}, so keys of both don't fit together.",
+                        limit,
+                    )
     if not moved <= allowed:
         raise _not_relative(model, reach, moved, allowed, limit)
     _readings[model] = _stamp(model), replace(traits, reach=reach)
@@ -1374,6 +1430,12 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
 # The rotation that fits
 
 
+def without_index(cached: list[dict[str, torch.Tensor]]) -> tuple[list[dict], list[dict]]:
+    """What each layer `cached` as its keys and values; and what its index did, as `keys`, empty without one."""
+    own = [{name: states for name, states in layer.items() if name != "indexer_keys"} for layer in cached]
+    return own, [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
+
+
 def _fit_rotations(
     model: PreTrainedModel,
     before: list[dict[str, torch.Tensor]],
@@ -1565,15 +1627,21 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
     """A new layer for each of the model's: one with sinks where it has full attention, else transformers' own."""
     own = [] if slides_everywhere(model) else default_layers(model)
     layers, rings = [], {}
-    for layer, rotation, layout in itertools.zip_longest(own[: len(traits.layouts)], traits.rotations, traits.layouts):
-        if (rotation, layout) not in rings:
-            rings[rotation, layout] = Ring(window, rotation)
-        ring = rings[rotation, layout]
+
+    def ring_of(rotation: Optional[Rotation], layout: tuple) -> Ring:
+        return rings.setdefault((rotation, layout), Ring(window, rotation))
+
+    for layer, rotation, index_rotation, layout in itertools.zip_longest(
+        own[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
+    ):
+        ring = ring_of(rotation, layout)
         # A layer that caches nothing of text is for what comes beside it, as images.
         if type(layer).__name__ in UNTOUCHED_LAYERS or (layer is not None and not layout):
             layers.append(layer)
         elif isinstance(layer, StateLayer):
             layers.append(StateAndSinkLayer(layer.number_of_states, ring))
+        elif len(layout) > 2:
+            layers.append(IndexedLayer(ring, ring_of(index_rotation, layout[2:])))
         else:
             layers.append(OrderedLayer(ring) if traits.ordered else SinkLayer(ring))
     return layers
@@ -2087,6 +2155,7 @@ class Stream:
         self._slots_mask: Optional[torch.Tensor] = None  # of compiled steps
         self._plan: Optional[UpdatePlan] = None
         self._prepared = False  # whether the model was given positions and a mask for that plan
+        self._at_work = False  # whether it may still be at work on that
 
     def renewed(self) -> "Stream":
         """The same before its first token."""
@@ -2095,14 +2164,20 @@ class Stream:
     def rebind(self, traits: ModelTraits, new_layers: list, ceiling: int) -> None:
         """Go on with what was read of the model anew."""
         self.traits, self.new_layers, self.ceiling = traits, new_layers, ceiling
-        for layer, rotation in zip(self.layers, traits.rotations):
+        for layer, rotation, index_rotation in zip(self.layers, traits.rotations, traits.index_rotations):
             if isinstance(layer, SinkLayer):
                 layer.ring.rotation = rotation
+            if isinstance(layer, IndexedLayer):
+                layer.indexer.ring.rotation = index_rotation
 
     @property
     def sink_layers(self) -> list[SinkLayer]:
-        """The layers that have sinks and a window."""
-        return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
+        """The layers that have sinks and a window, and those of their indices before them."""
+        layers = []
+        for layer in self.layers:
+            layers += [layer.indexer] if isinstance(layer, IndexedLayer) else []
+            layers += [layer] if isinstance(layer, SinkLayer) else []
+        return layers
 
     @property
     def rings(self) -> list[Ring]:
@@ -2133,7 +2208,7 @@ class Stream:
     @property
     def _counts_places(self) -> bool:
         """Whether the model was prepared for an update in which it is told places, and not columns."""
-        return self._prepared and self._plan is not None and self.traits.counts_places
+        return self._at_work and self._plan is not None and self.traits.counts_places
 
     def _counting_layer(self, layer_idx: int) -> Any:
         """The layer `layer_idx`, or the first that counts columns if this one does not."""
@@ -2212,7 +2287,7 @@ class Stream:
         """The plan of `length` new columns after `start`. The first layer that asks makes it, for all of them."""
         if self._plan is None or (self._plan.start, self._plan.length) != (start, length):
             self._plan = UpdatePlan(self.window, start, length, self.pads, self.offsets)
-            self._prepared = False
+            self._prepared = self._at_work = False
         return self._plan
 
     def most_at_once(self, start: int) -> int:
@@ -2291,7 +2366,7 @@ class Stream:
         plan = self.plan_update(self.seen, tokens.shape[1])
         if self.traits.ordered:
             return self._inputs_in_order(inputs, plan, tokens)
-        self._prepared = True
+        self._prepared = self._at_work = True
         positions = inputs.get("position_ids")
         if positions is None:
             positions = self.natural_positions(plan.length).clamp(min=0).to(tokens.device)
@@ -2314,7 +2389,7 @@ class Stream:
                 f"These {plan.length} tokens evict some, and the model knows the order of tokens by the columns of its "
                 "cache, which are others for each of them. Pass one token at a time."
             )
-        self._prepared = True
+        self._prepared = self._at_work = True
         inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
         return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
 
@@ -2341,7 +2416,8 @@ class Stream:
         by_kind = several and (padded or plan.sees_copies or one_count)
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
-        if plan.needs_mask or (leaves_it and takes_masks(model)):
+        indexed = by_kind and any(isinstance(layer, IndexedLayer) for layer in self.layers)  # whose index asks for one
+        if plan.needs_mask or indexed or (leaves_it and takes_masks(model)):
             mask = plan.mask(self.traits.mask_dtype, tokens.device)
         if not by_kind:
             return mask
@@ -2357,6 +2433,7 @@ class Stream:
         return {
             "full_attention": mask,
             "hybrid": mask,
+            "indexed_attention": mask,
             "linear_attention": of_states,
             "conv": of_states,
             **{kind: default_mask(kind, model, cache, attended, plan, states) for kind in kinds},
@@ -2378,11 +2455,12 @@ class Stream:
         back = [-distance for distance in distances]
         for ring in self.rings:
             ring.lower_positions(distances)
+        for layer in self.sink_layers:
+            rotation = layer.ring.rotation
+            if rotation is not None and layer.evicted.keys is not None:
+                rotation.rotate_(getattr(layer.evicted, rotation.tensor), back)
         for layer, rotation in zip(self.layers, self.traits.rotations):
-            if isinstance(layer, SinkLayer):
-                if rotation is not None and layer.evicted.keys is not None:
-                    rotation.rotate_(getattr(layer.evicted, rotation.tensor), back)
-            elif rotation is not None and rotation.tensor in layer_tensors(layer):
+            if rotation is not None and not isinstance(layer, SinkLayer) and rotation.tensor in layer_tensors(layer):
                 states = getattr(layer, rotation.tensor).clone()
                 setattr(layer, rotation.tensor, rotation.rotate_(states, back))
         self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
@@ -2417,6 +2495,15 @@ class Stream:
         if key_states.requires_grad or value_states.requires_grad:
             return WithoutGraph.apply(keys, values, key_states, value_states)
         return keys.clone(), values.clone()
+
+    def update_indexer(self, key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """See `SinkCache.update_indexer`."""
+        layer = self.layers[layer_idx]
+        plan = self.plan_update(layer.indexer.seen, key_states.shape[1])
+        if not self._prepared:
+            self._refuse_unprepared(plan, len(key_states))
+        self.has_evicted |= plan.evicts
+        return layer.update_indexer(key_states, plan)
 
     # Its numbers are other ones at each step. In code that the user compiled it stays uncompiled.
     _update_untraced = torch.compiler.disable(_update)
@@ -2475,21 +2562,19 @@ class Stream:
 
     def leave_steps(self) -> None:
         """Have what follows not be compiled, nor taken for a part of the last step, which may have been cut short."""
-        self.in_compiled_step, self._slots_mask = False, None
-        if self.traits.ordered:
-            self._plan = None
+        self.in_compiled_step, self._slots_mask, self._at_work = False, None, False
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Make row `i` of the batch what row `indices[i]` was."""
         for ring in self.rings:
             ring.select_rows(indices)
+        for layer in self.sink_layers:
+            layer.refresh_views()
+            layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
         for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.refresh_views()
-                layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
-                if isinstance(layer, StateLayer):
-                    StateLayer.reorder_cache(layer, indices)
-            else:
+            if isinstance(layer, StateLayer):
+                StateLayer.reorder_cache(layer, indices)
+            elif not isinstance(layer, SinkLayer):
                 layer.reorder_cache(indices)
         self.transcript.select_rows(indices)
         if len(self.pads) > 1:
@@ -2529,7 +2614,8 @@ class Stream:
 
     @record_past.setter
     def record_past(self, recording: bool) -> None:
-        for layer in filter(can_record, self.layers):
+        others = (layer for layer in self.layers if not isinstance(layer, SinkLayer))
+        for layer in filter(can_record, (*self.sink_layers, *others)):
             layer.record_past = recording
 
     @property
@@ -3442,6 +3528,22 @@ class SinkCache(Cache):
         self._refuse_other_thread()
         return self.held.update(key_states, value_states, layer_idx, cache_kwargs, *args, **kwargs)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Take in the new keys of a layer's index, by which it chooses tokens; return those to choose among.
+
+        Args:
+            indexer_key_states: `[batch, length, index_dim]`, rotated to their positions by the model.
+            layer_idx: the layer that they are of. Its `update` follows.
+
+        Returns:
+            `[batch, keys, index_dim]`, in the order of the keys that `update` will return.
+
+        Raises:
+            ValueError: as `update` of a bound cache.
+        """
+        self._refuse_other_thread()
+        return self.held.update_indexer(indexer_key_states, layer_idx)
+
     def prepare_inputs(self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None) -> dict[str, Any]:
         """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
 
@@ -3842,7 +3944,7 @@ class StreamedCall:
     def _can_step_in_tensors(self) -> bool:
         """Whether single tokens can go in by compiled code: in tensors, with a mask, not in order, and not recorded."""
         stream = self.stream
-        in_tensors = stream.has_sinks_only and not stream.traits.ordered
+        in_tensors = all(type(layer) is SinkLayer for layer in stream.layers)
         return in_tensors and takes_masks(self.model) and not stream.record_past
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -4024,9 +4126,8 @@ class Drafter:
             raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
         stream = self.cache.held
         if depth is not None:
-            traits = replace(
-                stream.traits, rotations=stream.traits.rotations[:depth], layouts=stream.traits.layouts[:depth]
-            )
+            names = ("rotations", "index_rotations", "layouts")
+            traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
             self.cache._hold(Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling))
         if not all(map(can_record, self.cache.layers)):
             raise ValueError(

@@ -50,7 +50,9 @@ SIZES = {
     r".*_(period|interval|pattern)|.*every_n_layers|layer_group_size": 2,
     r".*_offset": 1,
     r"((num|n|en|de)_?)?((en|de)coder_)?(num_)?(hidden_)?(layers?|blocks)(_per_stack)?|depth|.*num_hidden_layers": 4,
-    r".*(num_key_value_heads|kv_n_heads|num_kv_heads|index_n_heads)": 2,
+    r"index_n_heads": 32,  # with few, scores of an index are often 0, and its choice is by chance
+    r"index_topk": 8,
+    r".*(num_key_value_heads|kv_n_heads|num_kv_heads)": 2,
     r".*(n_heads?|(attention|decoder|encoder|num|key|value)_heads)": 4,
     r"qk_(nope|rope)_head_dim|rotary_dim": 8,
     r".*(head_dim|d_head|d_kv|dim_head|kv_channels|attention_head_size|rank|state|state_size)": 16,
@@ -359,7 +361,8 @@ prompt longer than the window, several tokens at a time.
 - **layers**: what mixes tokens in them, as the type's configuration calls it. *Full* attention keeps sinks and a
   window, and so does *sliding* attention where all layers slide. Beside full attention, *sliding* and *chunked*
   attention and recurrent states (*linear*, *conv*) are left as they are; *hybrid* is attention with a state in one
-  layer. *Position-free* attention rotates no keys. *Unused* are layers for images, which got none. *Ordered* attention
+  layer. *Indexed* attention chooses its tokens by an index, among those that are kept; it is not compiled.
+  *Position-free* attention rotates no keys. *Unused* are layers for images, which got none. *Ordered* attention
   knows the order of tokens by the columns of the cache (ALiBi: BLOOM, MPT, and Falcon where `alibi` is set). It costs a
   copy of the window at each step, several tokens that evict go in one by one, and nothing is compiled. It is compared
   with a plain cache out of which the oldest token behind the sinks is cut at each step.
@@ -396,7 +399,8 @@ REASONS = {
     "no layer": "No layer rotates its keys, and it does not go by the columns of its cache either: it has none, or has "
     "layers beside it that slide or keep a state.",
     "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
-    "more than keys and values": "Its layers cache more than keys and values, such as an index that chooses tokens.",
+    "more than keys and values": "Its layers cache more than keys, values and an index that chooses tokens: positions, or "
+    "compressed tokens.",
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
     "cache.",
     "a cache": "transformers gives it a cache of its own, or none.",

@@ -44,7 +44,7 @@ def oracle(
 
     attention_mask, hooks = mask(sees), []
     if len(kinds) > 1 or gap:  # the others see what they would without a sink cache
-        attention_mask = {name: attention_mask for name in ("full_attention", "hybrid")}
+        attention_mask = {name: attention_mask for name in ("full_attention", "hybrid", "indexed_attention")}
         attention_mask |= {name: (part >= 0)[None].long() if gap else None for name in ("linear_attention", "conv")}
         if getattr(config, "sliding_window", None):
             attention_mask["sliding_attention"] = mask(itself & (place[:, None] - place < config.sliding_window))
