@@ -399,8 +399,8 @@ REASONS = {
     "no layer": "No layer rotates its keys, and it does not go by the columns of its cache either: it has none, or has "
     "layers beside it that slide or keep a state.",
     "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
-    "more than keys and values": "Its layers cache more than keys, values and an index that chooses tokens: positions, or "
-    "compressed tokens.",
+    "more than keys and values": "Its layers cache more than keys, values and an index that chooses tokens: positions, "
+    "or compressed tokens.",
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
     "cache.",
     "a cache": "transformers gives it a cache of its own, or none.",
