@@ -2807,14 +2807,8 @@ class UnboundLayers:
 
 # A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys rotate, the
 # model's `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of
-# the stream, a JSON object with these fields.
+# the stream, a JSON object. Its `checksum` is of all else, so any damage shows in it.
 FORMAT_VERSION = 1
-SAVED_NUMBERS = ("version", "window_length", "num_sink_tokens", "seen", "latest_end", "checksum")
-SAVED_FIELDS = {*SAVED_NUMBERS, "pads", "padding_known", "offsets", "has_evicted"}
-# Until there were versions, a file had neither of these two.
-FIELDS_OF_VERSIONS = {"version", "checksum"}
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 OTHER_MODEL = (
     "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
@@ -2967,12 +2961,6 @@ def _unlock(lock: Optional[int]) -> None:
         os.close(lock)
 
 
-def _require(holds: bool, reason: str) -> None:
-    """Raise a ValueError that gives this reason unless `holds`."""
-    if not holds:
-        raise ValueError(reason)
-
-
 def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
     """The state (JSON) and the tensors that `SinkCache.save` wrote to `path`.
 
@@ -2983,7 +2971,8 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = (file.metadata() or {}).get("sink_cache")
-            _require(state is not None, "its metadata has no entry `sink_cache`")
+            if state is None:
+                raise ValueError("its metadata has no entry `sink_cache`")
             # Copied, or the file could not be removed as long as they are there.
             return state, {name: file.get_tensor(name).clone() for name in file.keys()}
     except OSError:
@@ -2994,170 +2983,43 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
         ) from error
 
 
-def _is_count(value: Any) -> bool:
-    """Whether a value out of JSON is an int of at least 0; true and false are none."""
-    return type(value) is int and value >= 0
-
-
 def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The state in a file's metadata, if there is nothing wrong with it.
+    """The state in a file's metadata, if file and state are as they were written.
 
     Raises:
-        ValueError: there is; it says what.
+        ValueError: they are not, or were written in a newer format.
     """
     try:
         state = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its metadata is no JSON: {error}") from error
-    _require(isinstance(state, dict), "its metadata is no JSON object")
-    for name in SAVED_NUMBERS:
-        value = state.get(name, 0)
-        _require(_is_count(value), f"its `{name}` must be an int of at least 0, got {value!r}")
-    version, needed = state.get("version", FORMAT_VERSION), SAVED_FIELDS
-    _require(
-        version <= FORMAT_VERSION,
-        f"its format has version {version}, newer than the version {FORMAT_VERSION} that is known here. Load it with "
-        "the `SinkCache` that wrote it, or a later one",
-    )
-    if not FIELDS_OF_VERSIONS & state.keys():
-        needed = SAVED_FIELDS - FIELDS_OF_VERSIONS
+    version = state.get("version", 0) if isinstance(state, dict) else None
+    if type(version) is not int:
+        raise ValueError("its metadata is no state of a `SinkCache`")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"its format has version {version}, newer than the version {FORMAT_VERSION} that is known here. Load it "
+            "with the `SinkCache` that wrote it, or a later one"
+        )
+    if version > 0 and state.get("checksum") != _checksum(state, tensors):
+        raise ValueError("something in it was changed after it was written: its checksum is another")
+    if version == 0:  # there was a time before versions and checksums
         pads = state.get("pads")
         state = {**state, "pads": pads or [0], "padding_known": pads is not None, "has_evicted": True}
-    missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - needed)
-    _require(not missing, f"its metadata lacks {', '.join(missing)}")
-    _require(not unknown, f"its metadata has entries that are not known here: {', '.join(unknown)}")
-
-    window_length, num_sink_tokens, seen = (state[name] for name in ("window_length", "num_sink_tokens", "seen"))
-    _require(
-        num_sink_tokens < window_length,
-        f"its `num_sink_tokens` must be less than its `window_length`, got {num_sink_tokens} and {window_length}",
-    )
-    slots = {tensor.shape[2] for name, tensor in tensors.items() if name.startswith("keys.") and tensor.dim() == 4}
-    _require(window_length in slots, f"its `window_length` is {window_length}, but no layer's keys have as many slots")
-    _require(seen > 0, "its `seen` must be at least 1, got 0")
-    for name in ("pads", "offsets"):
-        counts = state[name]
-        _require(
-            isinstance(counts, list) and len(counts) > 0 and all(map(_is_count, counts)),
-            f"its `{name}` must be a list of ints of at least 0, got {counts!r}",
-        )
-    pads, offsets, known = state["pads"], state["offsets"], state["padding_known"]
-    _require(len(pads) == len(offsets), f"its `pads` and `offsets` must be as many, got {pads} and {offsets}")
-    for pad, offset in zip(pads, offsets):
-        _require(pad < seen, f"its `pads` must leave a token of the {seen} seen, got {pad}")
-        _require(pad + offset <= seen, f"its `offsets` must be at most the tokens of the row, got {offset}")
-    for name in ("padding_known", "has_evicted"):
-        _require(isinstance(state[name], bool), f"its `{name}` must be true or false, got {state[name]!r}")
-    _require(known or pads == [0], f"its `pads` must be [0] where `padding_known` is false, got {pads}")
-    _refuse_damaged_ids(state, tensors.get("latest_ids"))
-    fingerprint = tensors.get("fingerprint")
-    _require(
-        fingerprint is not None and fingerprint.dtype == torch.float32 and _is_finite(fingerprint),
-        "its `fingerprint` must be there, in float32, and finite",
-    )
+        counts = [state[name] for name in ("window_length", "num_sink_tokens", "seen", "latest_end")]
+        if not all(type(count) is int and count >= 0 for count in [*counts, *state["pads"], *state["offsets"]]):
+            raise ValueError("its metadata has other values than counts of tokens")
     return state
 
 
-def _refuse_damaged_ids(state: dict[str, Any], ids: Optional[torch.Tensor]) -> None:
-    """Raise unless the `latest_ids` of a file go with its state: int64 `[batch, columns]`, None if none are known."""
-    end, seen = state["latest_end"], state["seen"]
-    _require(end <= seen, f"its `latest_end` must be at most its `seen`, got {end} and {seen}")
-    _require(
-        (ids is None) == (end == 0),
-        f"its `latest_end` is {end}, and `latest_ids` are {'in' if end == 0 else 'not in'} it",
-    )
-    if ids is not None:
-        _require(
-            ids.dtype == torch.int64 and ids.dim() == 2 and 0 < ids.shape[1] <= end and bool((ids >= 0).all()),
-            f"its `latest_ids` must be int64 [batch, 1 to {end}], and not negative, got {ids.dtype} {list(ids.shape)}",
-        )
-
-
-def refuse_other_tensors(
-    state: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    stream: Stream,
-    fingerprint: torch.Tensor,
-    layout: list[dict[str, torch.Size]],
-) -> None:
-    """Raise unless the `tensors` of a file can be unpacked in a new `stream`.
-
-    Args:
-        state: of the file, checked.
-        fingerprint: of the model, as it is now.
-        layout: for each layer, the names and shapes of what it holds after one token of one row.
-    """
-    if not are_alike(fingerprint, tensors["fingerprint"]):
+def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fingerprint: torch.Tensor) -> None:
+    """Raise unless the `tensors` of a file come from a model with these traits and this fingerprint."""
+    frequencies = {name: tensor for name, tensor in tensors.items() if name.startswith("frequencies.")}
+    rotations = {f"frequencies.{number}": each for number, each in enumerate(traits.rotations) if each is not None}
+    held = [replace(each, frequencies=frequencies.get(name, each.frequencies)) for name, each in rotations.items()]
+    same = not frequencies.keys() - rotations.keys() and rotate_alike(held, list(rotations.values()))
+    if not same or not are_alike(fingerprint, tensors["fingerprint"]):
         raise ValueError(OTHER_MODEL)
-    _refuse_other_frequencies(state, tensors, stream.traits.rotations)
-    _refuse_damaged_layers(state, tensors, layout, stream.layers)
-    _require(
-        state.get("checksum") in (None, _checksum(state, tensors)),
-        "something in it was changed after it was written: its checksum is another",
-    )
-
-
-def _refuse_other_frequencies(
-    state: dict[str, Any], tensors: dict[str, torch.Tensor], rotations: list[Optional[Rotation]]
-) -> None:
-    """Raise unless the frequencies in a file are those of the model's `rotations`."""
-    named = {name: tensor for name, tensor in tensors.items() if name.startswith("frequencies.")}
-    if not named and "checksum" not in state:  # until there were versions, files had none
-        return
-    names = [f"frequencies.{layer_idx}" for layer_idx in range(len(rotations))]
-    rotating = {name: rotation for name, rotation in zip(names, rotations) if rotation is not None}
-    missing, unknown = sorted(rotating.keys() - named.keys()), sorted(named.keys() - set(names))
-    _require(not missing, f"it lacks {', '.join(missing)}")
-    _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
-    for name, rotation in rotating.items():
-        held, needed = named[name], list(rotation.frequencies.shape)
-        _require(
-            held.dtype == torch.float64 and list(held.shape) == needed and _is_finite(held),
-            f"its {name} must be {needed} finite numbers in float64, got {list(held.shape)} in {held.dtype}",
-        )
-    held = [replace(rotation, frequencies=named[name]) for name, rotation in rotating.items()]
-    if named.keys() != rotating.keys() or not rotate_alike(held, list(rotating.values())):
-        raise ValueError(OTHER_MODEL)
-
-
-def _refuse_damaged_layers(
-    state: dict[str, Any], tensors: dict[str, torch.Tensor], layout: list[dict[str, torch.Size]], layers: list
-) -> None:
-    """Raise unless the `tensors` of a file are what `layers` of such a `layout` hold in such a `state`."""
-    expected: dict[str, Optional[torch.Size]] = {}
-    for layer_idx, shapes in enumerate(layout):
-        expected |= {f"{name}.{layer_idx}": shape for name, shape in shapes.items()}
-        media = [f"{name}.{layer_idx}" for name in ("keys", "values")]
-        if not shapes and not tensors.keys().isdisjoint(media):  # a layer for images, and there were some
-            expected |= dict.fromkeys(media)
-    held = {name for name in tensors.keys() - {"fingerprint", "latest_ids"} if not name.startswith("frequencies.")}
-    missing, unknown = sorted(expected.keys() - held), sorted(held - expected.keys())
-    _require(not missing, f"it lacks {', '.join(missing)}")
-    _require(not unknown, f"the model has no layers for what it holds as {', '.join(unknown)}")
-
-    batched = {name: tensors[name] for name in (*held, "latest_ids") if name in tensors}
-    rows = {name: len(tensor) if tensor.dim() > 0 else 0 for name, tensor in sorted(batched.items())}
-    _require(len({*rows.values()}) == 1, f"its tensors must be of as many rows, got {rows}")
-    batch_size = next(iter(rows.values()))
-    num_pads = len(state["pads"])
-    _require(
-        num_pads in (1, batch_size), f"its `pads` must be one, or one for each of {batch_size} rows, got {num_pads}"
-    )
-    for name, shape in expected.items():
-        tensor, (part, _, layer_idx) = tensors[name], name.rpartition(".")
-        _require(tensor.dtype in FLOATS, f"its {name} must be floats, got {tensor.dtype}")
-        _require(_is_finite(tensor), f"its {name} holds numbers that are not finite")
-        if shape is None:
-            _require(tensor.dim() == 4, f"its {name} must have 4 dimensions, got {tensor.dim()}")
-            continue
-        needed, reach = [batch_size, *shape[1:]], getattr(layers[int(layer_idx)], "sliding_window", None)
-        if part in ("keys", "values") and reach is not None and tensor.dim() == 4:
-            # It keeps as many of the latest tokens as the next one sees, and may have been asked to keep more.
-            needed[2] = max(min(state["seen"], reach - 1), min(tensor.shape[2], state["seen"]))
-        _require(
-            list(tensor.shape) == needed,
-            f"its {name} must be {needed} for this model and window, got {list(tensor.shape)}",
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3723,23 +3585,15 @@ class SinkCache(Cache):
         try:
             state = checked_state(text, tensors)
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
-            model = cache._bound_model
-            refuse_other_tensors(
-                state, tensors, cache.held, read_fingerprint(model, cache.held.traits), cache._layout()
-            )
-        except ValueError as error:
-            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {error}") from error
-        unpack(cache.held, state, tensors, input_device(model))
+            model, stream = cache._bound_model, cache.held
+            refuse_other_model(tensors, stream.traits, read_fingerprint(model, stream.traits))
+            unpack(stream, state, tensors, input_device(model))
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = str(error)
+            if not isinstance(error, ValueError):  # as of another release of transformers, or no file of ours
+                reason = f"what it holds does not fit the layers that this model has here ({error!r})"
+            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {reason}") from error
         return cache
-
-    @torch.no_grad()
-    def _layout(self) -> list[dict[str, torch.Size]]:
-        """For each layer, the names and shapes of what a new cache holds after one token, which is forgotten again."""
-        model = self._bound_model
-        model(**self.prepare_inputs(some_tokens(model, 1)[:1]), use_cache=True)
-        layout = [{name: tensor.shape for name, tensor in layer_tensors(layer).items()} for layer in self.layers]
-        self.reset()
-        return layout
 
     # One call at a time
 

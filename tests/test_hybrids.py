@@ -259,16 +259,9 @@ def test_a_damaged_file_of_each_kind_of_layer(name, tmp_path):
     cache.save(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}
-    window = "no layer's keys have as many slots"  # where no other layer has a sink cache
     for damaged in tensors.keys() - {"fingerprint", "latest_ids"}:
         cut = {**tensors, damaged: tensors[damaged][..., 1:].clone()}
         for others in (cut, {name: tensor for name, tensor in tensors.items() if name != damaged}):
             safetensors.torch.save_file(others, path, metadata)
-            with pytest.raises(ValueError, match=f"conversation'.* {damaged} must be|lacks {damaged}|{window}"):
+            with pytest.raises(ValueError, match="conversation'.*something in it was changed after it was written"):
                 SinkCache.load(path, model)
-        if damaged.startswith("keys"):  # fewer tokens than a layer keeps, and more than were seen
-            for length in (tensors[damaged].shape[2] - 1, 60):
-                few = tensors[damaged].repeat(1, 1, 8, 1)[:, :, :length].contiguous()
-                safetensors.torch.save_file({**tensors, damaged: few}, path, metadata)
-                with pytest.raises(ValueError, match=f"{damaged} must be|{window}"):
-                    SinkCache.load(path, model)
