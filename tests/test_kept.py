@@ -238,7 +238,7 @@ def test_a_generate_of_the_class_that_runs_the_loop_twice():
 
 CHANGES = {
     "another window": lambda model: dict(window_length=24),
-    "a weight": lambda model: model.lm_head.weight.data.mul_(2),
+    "a weight, behind torch's back": lambda model: model.model.layers[1].mlp.up_proj.weight.data.mul_(2),
     "a weight, in place": lambda model: torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight),
     "a layer exchanged": lambda model: setattr(model.model.layers[1], "mlp", small_model("llama").model.layers[0].mlp),
     "training": lambda model: model.train(),
