@@ -12,13 +12,15 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
-from packaging.version import Version
 
 from custom_generate.generate import SinkCache
 from tests.support import ROOT
-from tests.support.helpers import RELEASE
+from tests.support.helpers import on_the_newest
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    on_the_newest,
+]
 
 
 @pytest.fixture
@@ -90,7 +92,6 @@ SHORT = {
 }
 
 
-@pytest.mark.skipif(RELEASE < Version("5.23"), reason="all but the one of perplexity are for the newest release")
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_form_of_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)

@@ -8,7 +8,7 @@ from torch._inductor import compile_fx
 from transformers import CompileConfig
 
 from custom_generate.generate import CAN_COMPILE, SinkCache, generate
-from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, left_padded, on_the_newest, prompt, seeded, small_model
 
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="from 5.2 transformers needs torch 2.7 to be compiled")
 NEW_TOKENS = 60
@@ -159,6 +159,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
 
 
 @pytest.mark.slow
+@on_the_newest
 def test_code_for_this_processor():
     model = model_that_shifts_back()
     config = CompileConfig(fullgraph=True, mode="default")
@@ -169,6 +170,7 @@ def test_code_for_this_processor():
 
 
 @pytest.mark.slow
+@on_the_newest
 def test_compiled_code_writes_only_where_cuda_graphs_may():
     """Such code is not recorded as a CUDA graph if it writes into inputs whose place in memory is not known to stay."""
     written, static = [], []

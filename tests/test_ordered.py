@@ -61,7 +61,10 @@ def told(model) -> list[tuple]:
     return calls
 
 
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), (16, 15), (5, 4), (1, 0)], ids=str)
+OTHER_WINDOWS = [pytest.param(window, marks=pytest.mark.slow) for window in ((16, 0), (16, 15), (5, 4), (1, 0))]
+
+
+@pytest.mark.parametrize("window", [(16, 4), *OTHER_WINDOWS], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_far_past_the_window(name, window):
     model = ordered(name)
@@ -95,8 +98,8 @@ def test_either_attention(attn_implementation):
     assert difference(torch.cat(output.logits), expected[2:-1]) < 1e-5
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [None, 1, 7])
-@pytest.mark.parametrize("length", [15, 16, 17, 40])
+@pytest.mark.parametrize("prefill_chunk_size", [None, 1, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [16, 40, *(pytest.param(length, marks=pytest.mark.slow) for length in (15, 17))])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_of_any_length(name, length, prefill_chunk_size):
     model = ordered(name)
@@ -117,7 +120,9 @@ def test_a_prompt_goes_in_at_once_up_to_the_window_and_then_token_by_token():
     assert cache.get_seq_length() == 22 and cache.held.seen == 22
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [None, 1, 5])
+@pytest.mark.parametrize(
+    "prefill_chunk_size", [None, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_as_if_alone(name, prefill_chunk_size):
     model = ordered(name)
@@ -143,7 +148,11 @@ def test_rows_that_are_padded_alike(name, lengths):
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 
-@pytest.mark.parametrize("updates", [[12], [10, 2], [11, 1, 3, 1]], ids=str)
+@pytest.mark.parametrize(
+    "updates",
+    [pytest.param([12], marks=pytest.mark.slow), pytest.param([10, 2], marks=pytest.mark.slow), [11, 1, 3, 1]],
+    ids=str,
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loop_of_ones_own_with_padded_rows(name, updates):
     # Rows go on with fewer tokens than others, are full one after the other, and lie in the ring in other places.
@@ -245,7 +254,9 @@ def test_an_error_before_the_first_layer_leaves_the_count_of_tokens():
 # --- a model called by itself
 
 
-@pytest.mark.parametrize("updates", [[1] * 16, [10, 6], [9, 1, 6]], ids=str)
+@pytest.mark.parametrize(
+    "updates", [[9, 1, 6], *(pytest.param(each, marks=pytest.mark.slow) for each in ([1] * 16, [10, 6]))], ids=str
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_called_by_itself_until_it_must_evict(name, updates):
     model, tokens = ordered(name), prompt(40)
@@ -299,6 +310,7 @@ def test_drafts_are_not_checked(assistance):
         generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=5, do_sample=False, **assistance)
 
 
+@pytest.mark.slow
 def test_drafts_are_made():
     model, assistant = small_model(), ordered("bloom")
     assistant.generation_config.assistant_confidence_threshold = 0.0
@@ -383,7 +395,7 @@ def test_a_model_that_sees_padding_is_refused():
         generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_dtypes(name, dtype):
     model = ordered(name).to(dtype)

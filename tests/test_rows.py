@@ -11,7 +11,9 @@ from tests.support.oracle import difference
 @pytest.mark.parametrize("trained_length", [16, 512])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), pytest.param((16, 15), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("lengths", [(3, 7, 1, 12), (5, 5), (1, 40, 16, 17)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(3, 7, 1, 12), pytest.param((5, 5), marks=pytest.mark.slow), (1, 40, 16, 17)], ids=str
+)
 def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_length):
     model = small_model(attn_implementation=attn_implementation, max_position_embeddings=trained_length)
     prompts = [prompt(length, seed=row) for row, length in enumerate(lengths)]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from custom_generate.generate import SinkCache, generate
 from tests.conftest import HUB
 from tests.support import ROOT
-from tests.support.helpers import RELEASE, left_padded, loadable, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, left_padded, loadable, on_the_newest, prompt, seeded, small_model
 from tests.support.modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from tests.support.oracle import difference, oracle
 
@@ -184,7 +184,7 @@ def counting(model, how: str, dynamic) -> list:
 
 
 WAYS = [("its forward", None), ("in place", True)]
-WAYS += [pytest.param(*way, marks=pytest.mark.slow) for way in [("its forward", True), ("its layers", None)]]
+WAYS += [pytest.param(*way, marks=on_the_newest) for way in [("its forward", True), ("its layers", None)]]
 
 
 @pytest.mark.slow
