@@ -32,7 +32,7 @@ NEWEST_ONLY = [
 ]
 NEWEST_ONLY += ["reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
 # And these on the two ends only.
-ENDS_ONLY = ["flash", "refusals", "towers", "unbound", "wrappers"]
+ENDS_ONLY = ["flash", "refusals", "unbound", "wrappers"]
 FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]
 
 rows = []
