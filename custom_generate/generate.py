@@ -2170,7 +2170,7 @@ class Stream:
             if isinstance(layer, IndexedLayer):
                 layer.indexer.ring.rotation = index_rotation
 
-    @property
+    @functools.cached_property
     def sink_layers(self) -> list[SinkLayer]:
         """The layers that have sinks and a window, and those of their indices before them."""
         layers = []
