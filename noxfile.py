@@ -22,7 +22,6 @@ NEWEST_ONLY = [
     "device",
     "files",
     "in_use",
-    "indexed",
     "installed",
     "modes",
     "numerics",
@@ -32,7 +31,7 @@ NEWEST_ONLY = [
 ]
 NEWEST_ONLY += ["reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
 # And these on the two ends only.
-ENDS_ONLY = ["flash", "refusals", "unbound", "wrappers"]
+ENDS_ONLY = ["flash", "unbound", "wrappers"]
 FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]
 
 rows = []

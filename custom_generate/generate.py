@@ -1020,6 +1020,13 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
+    for layer_idx, rotation in enumerate(rotations):
+        if rotation is not None and before_of_index[layer_idx] and index_rotations[layer_idx] is None:
+            raise _unreadable(
+                model,
+                f"the index by which its layer {layer_idx} chooses tokens keeps keys without positions, and takes "
+                "these from the columns of the cache.",
+            )
     cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
     return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
@@ -2206,6 +2213,11 @@ class Stream:
         return plan.place if self.sink_layers[-1].seen == plan.start else seen
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether some layers choose their tokens by an index."""
+        return any(isinstance(layer, IndexedLayer) for layer in self.sink_layers)
+
+    @property
     def _counts_places(self) -> bool:
         """Whether the model was prepared for an update in which it is told places, and not columns."""
         return self._at_work and self._plan is not None and self.traits.counts_places
@@ -2376,7 +2388,7 @@ class Stream:
             # Strides that depend on how many tokens there were would have the code compiled again.
             positions = positions.clone(memory_format=torch.contiguous_format)
             inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
-        elif any(self.pads) or plan.evicts:
+        elif any(self.pads) or plan.evicts or self.is_indexed:
             inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
         if TELLS_COLUMNS and self._counts_places:
             set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
@@ -2396,7 +2408,8 @@ class Stream:
     def _masks(self, model: PreTrainedModel, cache: Cache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
         """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
 
-        None where each token sees all old keys and, causally, the new ones.
+        None where each token sees all old keys and, causally, the new ones. An index gets one there too: until 5.16
+        models make it of positions, which don't tell where keys are, or add a mask of booleans.
         """
         if plan.needs_mask and not takes_masks(model):
             raise ValueError(
@@ -2413,11 +2426,10 @@ class Stream:
             type(layer).__name__ in UNTOUCHED_LAYERS or isinstance(layer, StateLayer) for layer in self.layers
         )
         one_count = not COUNTS_BY_LAYER and self._counts_places and plan.place != plan.start
-        by_kind = several and (padded or plan.sees_copies or one_count)
+        by_kind = several and (padded or plan.sees_copies or one_count or self.is_indexed)
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
-        indexed = by_kind and any(isinstance(layer, IndexedLayer) for layer in self.layers)  # whose index asks for one
-        if plan.needs_mask or indexed or (leaves_it and takes_masks(model)):
+        if plan.needs_mask or self.is_indexed or (leaves_it and takes_masks(model)):
             mask = plan.mask(self.traits.mask_dtype, tokens.device)
         if not by_kind:
             return mask
@@ -2433,7 +2445,7 @@ class Stream:
         return {
             "full_attention": mask,
             "hybrid": mask,
-            "indexed_attention": mask,
+            **{kind: mask for kind, layer in zip(layer_kinds(model.config), self.layers) if has_sinks_only(layer)},
             "linear_attention": of_states,
             "conv": of_states,
             **{kind: default_mask(kind, model, cache, attended, plan, states) for kind in kinds},

@@ -86,7 +86,7 @@ def test_a_second_use_is_refused_and_the_first_goes_on(second, place, tmp_path):
     else:  # where one layer has taken in the token, and the others have not
 
         def once(*args):
-            if cache.get_seq_length() == 30 and not outcomes:
+            if cache.layers[0].get_seq_length() == 30 and not outcomes:
                 meanwhile()
 
         hooks.append(model.model.layers[1].register_forward_pre_hook(once))

@@ -19,6 +19,7 @@ from tests.support.helpers import loadable, prompt, small_model, small_tokenizer
 from tools.real_models import SMOLLM2
 
 VERSION = f"v{__version__}"  # the revision that the documents pin
+MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ def test_two_processes(workplace, number):
     command, file = code.splitlines()[0].removeprefix("# ").rsplit(maxsplit=1)
     Path(file).write_text(code)
     program, *arguments = command.replace("launch", "launch --cpu").split()
-    command = [Path(sys.executable).with_name(program), *arguments, file]
+    # By their modules, as the environments of `make matrix` share the programs of one.
+    command = [sys.executable, "-m", MODULES[program], *arguments, file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
