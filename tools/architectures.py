@@ -158,13 +158,15 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
             settings[name] = 4 if same else size(name, value)
     if hasattr(config, "is_decoder"):
         settings["is_decoder"] = True
-    if per_layer:
+    if "num_hidden_layers" in exceptions:  # then the layers are those that it names
+        settings |= per_layer
+    elif per_layer:
         kinds = [str(kind) for kind in zip(*per_layer.values())]
         first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         layers = first * 2 if len(first) > 1 else first * 3
-        per_layer = {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
-        per_layer[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    return type(config)(**{**settings, **exceptions, **per_layer})
+        settings |= {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
+        settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return type(config)(**{**settings, **exceptions})
 
 
 def _are_places(values: Any) -> bool:
