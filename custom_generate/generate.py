@@ -978,6 +978,10 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
     """`read_model`, whatever was read of the model before."""
+    if not hasattr(model.get_input_embeddings(), "weight"):
+        raise cant_stream(
+            model, "it has more than one table of embeddings, as where a token is several codes of a sound."
+        )
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" in parameters:
         return _read_rotations(model) or _read_order(model, "no layer rotates its keys with their position")
@@ -1580,7 +1584,8 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
 def trained_length(config: Any) -> Optional[int]:
     """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
     config = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")  # the last scales queries
+    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings")
+    names += ("floor_scale",)  # which scales queries
     named = [getattr(config, name, None) for name in names]
     named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
     return min((int(length) for length in named if length), default=None)

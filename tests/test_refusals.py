@@ -257,6 +257,26 @@ MODELS = {
         lambda: tiny("bart", d_model=32, encoder_layers=2, decoder_layers=2, decoder_ffn_dim=32),
         "changes with its place in the sequence|does not cache the keys and values of its layers",
     ),
+    "learned positions, Whisper": (
+        lambda: tiny(
+            "whisper",
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=32,
+            max_target_positions=128,
+            pad_token_id=0,
+        ),
+        "(keys of its layer 0 change with their position|changes with its place|does not cache the keys and values)",
+    ),
+    "codes of sound": (
+        lambda: transformers.MusicgenForCausalLM(
+            transformers.MusicgenDecoderConfig(
+                vocab_size=211, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
+            )
+        ).eval(),
+        "(it has more than one table of embeddings|a cache of its own)",
+    ),
     "a table of positions that grows with the sequence": (
         breaks_on_its_own,
         "failed on a few tokens at positions 0 and 511",
@@ -283,8 +303,8 @@ elif Version("4.57") <= RELEASE < Version("5.15"):
         "(can't cache its kinds of layers|a cache of its own)",
     )
 elif RELEASE >= Version("5.15"):
-    MODELS["layers that choose their tokens"] = (
-        lambda: tiny("deepseek_v32", hidden_size=32, num_hidden_layers=2, n_routed_experts=2, n_group=1, topk_group=1),
+    MODELS["layers that compress their tokens"] = (
+        lambda: tiny("deepseek_v4", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, n_routed_experts=2),
         "its layers cache more than keys and values",
     )
 

@@ -12,6 +12,7 @@ Settings = Union[dict[str, Any], Callable[[int], dict[str, Any]]]
 THETA = dict(rope_theta=10_000.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, **THETA)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **THETA)
+MROPE = dict(rope_type="default", mrope_section=[2, 3, 3], **THETA)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -22,6 +23,12 @@ def long_rope(length: int, pairs: int, **settings) -> dict[str, Any]:
     rope = dict(rope_type="longrope", original_max_position_embeddings=length, factor=32.0, **factors, **THETA)
     rope |= dict(attention_factor=1.19)  # which by default follows from the length
     return rope | settings
+
+
+def scaled_by_position(length: int) -> dict[str, Any]:
+    """YaRN as of Ministral 3. The oracle, which is trained to any length, scales no queries."""
+    scaled = dict(mscale=1.0, mscale_all_dim=1.0, beta_fast=32.0, beta_slow=1.0)
+    return dict(YARN, factor=16.0, llama_4_scaling_beta=0.1 if length < 100 else 0.0, **scaled)
 
 
 def phi3(length: int, pairs: int, **settings) -> dict[str, Any]:
@@ -48,10 +55,7 @@ PUBLISHED: dict[str, tuple[str, Settings]] = {
     "Mistral Nemo: a head size that does not divide": ("mistral", dict(head_dim=24, sliding_window=None)),
     "Ministral 3: YaRN, and queries scaled by their position": (
         "ministral3",
-        lambda length: dict(
-            rope_parameters=dict(YARN, factor=16.0, llama_4_scaling_beta=0.1 if length < 100 else 0.0, mscale=1.0)
-            | dict(mscale_all_dim=1.0, beta_fast=32.0, beta_slow=1.0)
-        ),
+        lambda length: dict(rope_parameters=scaled_by_position(length)),
     ),
     "Qwen3 0.6B: heads wider than the model": ("qwen3", dict(head_dim=32)),
     "gpt-oss: YaRN not truncated, sinks of its own": (
@@ -198,5 +202,23 @@ PUBLISHED: dict[str, tuple[str, Settings]] = {
     "MiniCPM 3: longrope": (
         "minicpm3",
         lambda length: dict(rope_parameters=long_rope(length, 4)),
+    ),
+    "Mistral Small 4: YaRN on latent keys, and queries scaled by their position": (
+        "mistral4",
+        lambda length: dict(rope_parameters=scaled_by_position(length)),
+    ),
+    "Qwen2-VL: M-RoPE, given text": ("qwen2_vl", dict(text_config=dict(rope_parameters=dict(MROPE)))),
+    "Qwen2.5-VL: M-RoPE, given text": ("qwen2_5_vl", dict(text_config=dict(rope_parameters=dict(MROPE)))),
+    "Qwen3-VL: interleaved M-RoPE, given text": (
+        "qwen3_vl",
+        dict(text_config=dict(rope_parameters=dict(MROPE, mrope_section=[4, 2, 2], mrope_interleaved=True))),
+    ),
+    "GLM-4.1V: M-RoPE on half, given text": (
+        "glm4v",
+        dict(text_config=dict(rope_parameters=dict(MROPE, mrope_section=[1, 1, 2], partial_rotary_factor=0.5))),
+    ),
+    "Llama 3.2 Vision: Llama 3 factors, given text": (
+        "mllama",
+        dict(text_config=dict(rope_parameters=dict(LLAMA3, original_max_position_embeddings=16))),
     ),
 }
