@@ -936,6 +936,7 @@ class ModelTraits:
         trained_length: see the function of that name.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
+        balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
     """
 
     rotations: list[Optional[Rotation]]
@@ -950,6 +951,7 @@ class ModelTraits:
     trained_length: Optional[int]
     ordered: bool
     counts_places: bool
+    balances_experts: bool
 
 
 # With how many columns it is tried whether a model goes by them, at first.
@@ -1024,6 +1026,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
+    _refuse_mixing(model, max(allowed, 1e-5, 16 * rounding))
     cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
     return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
@@ -1078,6 +1081,7 @@ def _traits(
         trained_length(model.config),
         ordered,
         ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
+        bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
     )
 
 
@@ -1236,7 +1240,7 @@ def _run(
     cache: Optional[DynamicCache] = None,
     **kwargs: Any,
 ) -> tuple[Any, DynamicCache]:
-    """What the model gives for `tokens` (`[4, length]`) at positions from `start` on, or at those that it finds itself.
+    """What the model gives for `tokens` (`[rows, length]`) at positions from `start` on, or where it puts them itself.
 
     Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
     """
@@ -1245,7 +1249,7 @@ def _run(
     vars(runs).update(uncompiled_code(model))
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
-        kwargs["position_ids"] = positions.expand(4, -1)
+        kwargs["position_ids"] = positions.expand(len(tokens), -1)
     return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
 
 
@@ -1329,6 +1333,20 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
     changed, allowed = _difference(*logits), max(1e-5, 16 * rounding)
     if changed > allowed:
         raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
+
+
+def _refuse_mixing(model: PreTrainedModel, allowed: float) -> None:
+    """Raise if what `model` gives for two tokens differs by more than `allowed` where others follow or are beside."""
+    tokens = some_tokens(model, 4)
+    together, alone = (_allowed_logits(_run(model, some)[0]) for some in (tokens, tokens[1:, :2]))
+    changed = _difference(together[1:, :2], alone)
+    if changed > allowed:
+        raise _unreadable(
+            model,
+            "what it gives for a token depends on tokens after it, or on the other rows of a batch, as where attention "
+            "is bidirectional. Then it would depend on how a text is cut into updates. What two tokens give differs by "
+            f"{changed:.2g} of its length where more come with them (rounding: {allowed:.2g}).",
+        )
 
 
 def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -2383,6 +2401,8 @@ class Stream:
             inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
         elif any(self.pads) or plan.evicts:
             inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
+        if inputs.get("output_router_logits", self.traits.balances_experts):
+            inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
         if TELLS_COLUMNS and self._counts_places:
             set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
         return inputs | {"position_ids": positions}

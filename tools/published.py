@@ -116,6 +116,8 @@ PUBLISHED: dict[str, tuple[str, Settings]] = {
     "StarCoder2: all layers slide": ("starcoder2", dict(sliding_window=20)),
     "Doge: more tokens than the window has are chosen among": ("doge", dict(keep_window_size=16)),
     "Doge: fewer tokens are": ("doge", dict(keep_window_size=8)),
+    "Doge MoE: experts that are chosen across tokens": ("doge", dict(is_moe=True)),
+    "EmbeddingGemma: bidirectional": ("gemma3_text", dict(use_bidirectional_attention=True)),
     "Zamba 2: memory rotated": ("zamba2", dict(use_mem_rope=True, use_shared_attention_adapter=True)),
     "Yi, Nous: dynamic NTK scaling": ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, **THETA))),
     "Ministral 8B: three layers of four slide": (
