@@ -1011,8 +1011,8 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
-        rounding = _rounding(model, before)
-        moved, allowed = _difference_when_moved(model, distance, rounding)
+        rounding, here = _rounding(model, before), _logits_at(model, 0)
+        moved, allowed = _difference_when_moved(model, here, distance, rounding)
     except Exception as error:
         raise _unreadable(
             model,
@@ -1026,7 +1026,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    _refuse_mixing(model, max(allowed, 1e-5, 16 * rounding))
+    _refuse_mixing(model, here, max(allowed, 1e-5, 16 * rounding))
     cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
     return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
@@ -1101,7 +1101,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     limit = f"`window_length` must be at most {traits.trained_length}, got {window_length}. " if named else ""
     try:
         before, after = _cached_at(model, 0), _cached_at(model, reach)
-        moved, allowed = _difference_when_moved(model, reach, traits.rounding)
+        moved, allowed = _difference_when_moved(model, _logits_at(model, 0), reach, traits.rounding)
     except Exception as error:
         raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
     tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
@@ -1335,10 +1335,14 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
         raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
 
 
-def _refuse_mixing(model: PreTrainedModel, allowed: float) -> None:
-    """Raise if what `model` gives for two tokens differs by more than `allowed` where others follow or are beside."""
-    tokens = some_tokens(model, 4)
-    together, alone = (_allowed_logits(_run(model, some)[0]) for some in (tokens, tokens[1:, :2]))
+def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: float) -> None:
+    """Raise if two tokens of a row give something else than `together` with two more after them and another row.
+
+    Args:
+        together: the logits of four rows of four tokens at position 0.
+        allowed: the most by which they may differ.
+    """
+    alone = _allowed_logits(_run(model, some_tokens(model, 4)[1:, :2])[0])
     changed = _difference(together[1:, :2], alone)
     if changed > allowed:
         raise _unreadable(
@@ -1378,14 +1382,16 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
 
-def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
-    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
+def _difference_when_moved(
+    model: PreTrainedModel, here: torch.Tensor, distance: int, rounding: float
+) -> tuple[float, float]:
+    """How much what four tokens give up to position `distance` differs from `here`, at position 0; and how much it may.
 
     Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
     """
     if distance < 4:
         return 0.0, 0.0
-    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
+    one_on, there = (_logits_at(model, start) for start in (1, distance - 3))
     if not here.any():
         here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
     noise = _difference(here, one_on)  # one position on, everything is rounded anew
