@@ -1026,7 +1026,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
-    _refuse_mixing(model, here, max(allowed, 1e-5, 16 * rounding))
+    _refuse_mixing(model, here, max(allowed, 1e-5))
     cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
     return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
