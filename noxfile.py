@@ -29,7 +29,7 @@ NEWEST_ONLY = [
     "programs",
     "push",
 ]
-NEWEST_ONLY += ["reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
+NEWEST_ONLY += ["published", "reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
 # And these on the two ends only.
 ENDS_ONLY = ["flash", "unbound", "wrappers"]
 FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]

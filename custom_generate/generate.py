@@ -936,6 +936,7 @@ class ModelTraits:
         trained_length: see the function of that name.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
+        balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
     """
 
     rotations: list[Optional[Rotation]]
@@ -950,6 +951,7 @@ class ModelTraits:
     trained_length: Optional[int]
     ordered: bool
     counts_places: bool
+    balances_experts: bool
 
 
 # With how many columns it is tried whether a model goes by them, at first.
@@ -978,6 +980,10 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
     """`read_model`, whatever was read of the model before."""
+    if not hasattr(model.get_input_embeddings(), "weight"):
+        raise cant_stream(
+            model, "it has more than one table of embeddings, as where a token is several codes of a sound."
+        )
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" in parameters:
         return _read_rotations(model) or _read_order(model, "no layer rotates its keys with their position")
@@ -1005,8 +1011,8 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     try:
         before, after = _cached_at(model, 0), _cached_at(model, distance)
-        rounding = _rounding(model, before)
-        moved, allowed = _difference_when_moved(model, distance, rounding)
+        rounding, here = _rounding(model, before), _logits_at(model, 0)
+        moved, allowed = _difference_when_moved(model, here, distance, rounding)
     except Exception as error:
         raise _unreadable(
             model,
@@ -1020,6 +1026,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     if moved > allowed:
         raise _not_relative(model, distance, moved, allowed)
+    _refuse_mixing(model, here, max(allowed, 1e-5))
     for layer_idx, rotation in enumerate(rotations):
         if rotation is not None and before_of_index[layer_idx] and index_rotations[layer_idx] is None:
             raise _unreadable(
@@ -1081,6 +1088,7 @@ def _traits(
         trained_length(model.config),
         ordered,
         ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
+        bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
     )
 
 
@@ -1100,7 +1108,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     limit = f"`window_length` must be at most {traits.trained_length}, got {window_length}. " if named else ""
     try:
         before, after = _cached_at(model, 0), _cached_at(model, reach)
-        moved, allowed = _difference_when_moved(model, reach, traits.rounding)
+        moved, allowed = _difference_when_moved(model, _logits_at(model, 0), reach, traits.rounding)
     except Exception as error:
         raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
     tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
@@ -1239,7 +1247,7 @@ def _run(
     cache: Optional[DynamicCache] = None,
     **kwargs: Any,
 ) -> tuple[Any, DynamicCache]:
-    """What the model gives for `tokens` (`[4, length]`) at positions from `start` on, or at those that it finds itself.
+    """What the model gives for `tokens` (`[rows, length]`) at positions from `start` on, or where it puts them itself.
 
     Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
     """
@@ -1248,7 +1256,7 @@ def _run(
     vars(runs).update(uncompiled_code(model))
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
-        kwargs["position_ids"] = positions.expand(4, -1)
+        kwargs["position_ids"] = positions.expand(len(tokens), -1)
     return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
 
 
@@ -1334,6 +1342,24 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
         raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
 
 
+def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: float) -> None:
+    """Raise if two tokens of a row give something else than `together` with two more after them and another row.
+
+    Args:
+        together: the logits of four rows of four tokens at position 0.
+        allowed: the most by which they may differ.
+    """
+    alone = _allowed_logits(_run(model, some_tokens(model, 4)[1:, :2])[0])
+    changed = _difference(together[1:, :2], alone)
+    if changed > allowed:
+        raise _unreadable(
+            model,
+            "what it gives for a token depends on tokens after it, or on the other rows of a batch, as where attention "
+            "is bidirectional. Then it would depend on how a text is cut into updates. What two tokens give differs by "
+            f"{changed:.2g} of its length where more come with them (rounding: {allowed:.2g}).",
+        )
+
+
 def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """What a model is known by, from what it `cached` for single tokens: its last keys, float32 on the CPU."""
     return [layer for layer in cached if layer][-1]["keys"].float().cpu()
@@ -1363,14 +1389,16 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
 
-def _difference_when_moved(model: PreTrainedModel, distance: int, rounding: float) -> tuple[float, float]:
-    """How much what four tokens give differs up to position `distance` from position 0 on, and by how much it may.
+def _difference_when_moved(
+    model: PreTrainedModel, here: torch.Tensor, distance: int, rounding: float
+) -> tuple[float, float]:
+    """How much what four tokens give up to position `distance` differs from `here`, at position 0; and how much it may.
 
     Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
     """
     if distance < 4:
         return 0.0, 0.0
-    here, one_on, there = (_logits_at(model, start) for start in (0, 1, distance - 3))
+    one_on, there = (_logits_at(model, start) for start in (1, distance - 3))
     if not here.any():
         here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
     noise = _difference(here, one_on)  # one position on, everything is rounded anew
@@ -1587,7 +1615,8 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
 def trained_length(config: Any) -> Optional[int]:
     """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
     config = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "original_max_position_embeddings", "floor_scale")  # the last scales queries
+    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings")
+    names += ("floor_scale",)  # which scales queries
     named = [getattr(config, name, None) for name in names]
     named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
     return min((int(length) for length in named if length), default=None)
@@ -2390,6 +2419,8 @@ class Stream:
             inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
         elif any(self.pads) or plan.evicts or self.is_indexed:
             inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
+        if inputs.get("output_router_logits", self.traits.balances_experts):
+            inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
         if TELLS_COLUMNS and self._counts_places:
             set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
         return inputs | {"position_ids": positions}

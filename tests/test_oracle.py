@@ -5,7 +5,7 @@ import pydoc_data.topics
 import pytest
 import torch
 from packaging.version import Version
-from transformers import CodeGenConfig, GPTJConfig, Phi3Config
+from transformers import CodeGenConfig, GPTJConfig, MixtralConfig, Phi3Config
 
 from custom_generate.generate import SinkCache, generate
 from tests.support.helpers import RELEASE, SMALL, answer, on_the_newest, prompt, seeded, small_model
@@ -207,6 +207,23 @@ def test_a_loop_goes_on_prepared_where_the_model_may_not_count_further():
         with pytest.raises(ValueError, match="positions shifted back.*prepare_inputs"):
             model(input_ids=prompt(1), past_key_values=cache)
     assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["by an argument", "by the configuration"])
+def test_routers_whose_loss_takes_no_mask_of_ours(asked):
+    """It is made of a mask of padding, and a stream gives the model one over the keys that are kept."""
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, sliding_window=None, output_router_logits=not asked)
+    model = small_model(MixtralConfig(**SMALL, **experts))
+    argument = dict(output_router_logits=True) if asked else {}
+    tokens, logits = stream(model, prompt(40), 16, 4, 5, **argument)
+    expected = oracle(model, tokens, 16, 4, output_router_logits=False)
+    assert difference(logits, expected[39:-1]) < 1e-5
+    padded = dict(attention_mask=(torch.arange(40) >= torch.tensor([[0], [7]])).long())
+    rows = torch.cat([prompt(40), prompt(40)])
+    rows[1, :7], rows[1, 7:] = 0, prompt(40)[0, :33]
+    with seeded():
+        output = generate(model, 16, 4, input_ids=rows, max_new_tokens=5, do_sample=False, **padded, **argument)
+    assert torch.equal(output[0], generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=5, do_sample=False)[0])
 
 
 def test_several_turns():

@@ -243,6 +243,14 @@ def scales_its_queries():
     return model
 
 
+def mixes_its_tokens():
+    model = small_model()
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, states: states + states.mean(dim=(0, 1), keepdim=True)
+    )
+    return model
+
+
 MODELS = {
     "learned positions": (
         lambda: tiny("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=128),
@@ -264,6 +272,26 @@ MODELS = {
         lambda: tiny("bart", d_model=32, encoder_layers=2, decoder_layers=2, decoder_ffn_dim=32),
         "changes with its place in the sequence|does not cache the keys and values of its layers",
     ),
+    "learned positions, Whisper": (
+        lambda: tiny(
+            "whisper",
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=32,
+            max_target_positions=128,
+            pad_token_id=0,
+        ),
+        "(keys of its layer 0 change with their position|changes with its place|does not cache the keys and values)",
+    ),
+    "codes of sound": (
+        lambda: transformers.MusicgenForCausalLM(
+            transformers.MusicgenDecoderConfig(
+                vocab_size=211, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
+            )
+        ).eval(),
+        "(it has more than one table of embeddings|a cache of its own)",
+    ),
     "a table of positions that grows with the sequence": (
         breaks_on_its_own,
         "failed on a few tokens at positions 0 and 511",
@@ -272,6 +300,10 @@ MODELS = {
         scales_its_queries,
         "changes when all move by the same distance",
     ),
+    "tokens that see those after them, and other rows": (
+        mixes_its_tokens,
+        "what it gives for a token depends on tokens after it",
+    ),
     "no attention": (
         lambda: tiny("mamba", hidden_size=32, num_hidden_layers=2),
         "(none of its layers attends to all tokens|a cache of its own|can't cache its kinds of layers)",
@@ -279,6 +311,11 @@ MODELS = {
 }
 
 
+if RELEASE >= Version("5.0"):
+    MODELS["attention that is bidirectional"] = (
+        lambda: tiny("gemma3_text", hidden_size=32, num_hidden_layers=2, use_bidirectional_attention=True),
+        "what it gives for a token depends on tokens after it",
+    )
 if RELEASE < Version("4.56"):
     MODELS["layers of two kinds"] = (
         lambda: tiny("gemma2", hidden_size=32, num_hidden_layers=2, head_dim=16),
@@ -307,8 +344,10 @@ def test_models(build, reason):
     with pytest.raises(ValueError, match=f"`model`.*can't be streamed.*{reason}"):
         generate(model, input_ids=prompt(5), max_new_tokens=5)
     # At most those that read the rotation, of single tokens, and see whether four give the same elsewhere; before them,
-    # where positions are not named, those of single tokens that see whether columns tell the order.
-    assert passes in ([], [1], [1, 1], [1, 1, 4, 4, 4], [1, 1, 1, 1, 4, 4, 4])
+    # where positions are not named, those of single tokens that see whether columns tell the order; last, those that
+    # see whether two give the same without the rest.
+    lengths = ([1] * columns + read for columns in (0, 1, 2) for read in ([], [1, 1], [1, 1, 4, 4, 4]))
+    assert passes in (*lengths, [1, 1, 4, 4, 4, 2])
 
 
 def test_a_model_in_training_mode_with_dropout():

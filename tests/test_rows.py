@@ -138,5 +138,5 @@ def test_the_chunks_of_a_long_prompt():
     )
     output = generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=2, return_dict_in_generate=True)
     hook.remove()
-    assert seen[5:] == [16] + [3] * 8 + [1]  # after those that read the model
+    assert seen[6:] == [16] + [3] * 8 + [1]  # after those that read the model
     assert output.past_key_values.get_seq_length() == 41

@@ -24,6 +24,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_TYPES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
 from custom_generate.generate import OrderedLayer, SinkCache, SinkLayer, generate, read_model
 from tests.support.helpers import prompt, seeded
@@ -96,6 +97,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "qwen4_exp_text": dict.fromkeys(("head_dim", "indexer_head_dim"), 16)
     | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 512, "indexer_compress_ratio": 4},
+    "blenderbot": {"encoder_layers": 4},  # by which transformers counts the layers of the cache
     "xmod": {"default_language": "en_XX"},
     # Time steps, which transformers holds above this for several tokens and not for one.
     "nemotron_h": {"time_step_min": 1e-6},
@@ -120,6 +122,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 # Text goes by their towers for images and sounds, which need libraries that are not installed here.
 WITHOUT_TOWERS = {"gemma3n"}
+# All layers read keys of another model. transformers looks for the one among them that makes these, and fails.
+WITHOUT_KEYS = {"gemma4_assistant"}
 
 
 def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> PreTrainedConfig:
@@ -158,13 +162,15 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
             settings[name] = 4 if same else size(name, value)
     if hasattr(config, "is_decoder"):
         settings["is_decoder"] = True
-    if per_layer:
+    if "num_hidden_layers" in exceptions:  # then the layers are those that it names
+        settings |= per_layer
+    elif per_layer:
         kinds = [str(kind) for kind in zip(*per_layer.values())]
         first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         layers = first * 2 if len(first) > 1 else first * 3
-        per_layer = {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
-        per_layer[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    return type(config)(**{**settings, **exceptions, **per_layer})
+        settings |= {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
+        settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return type(config)(**{**settings, **exceptions})
 
 
 def _are_places(values: Any) -> bool:
@@ -177,7 +183,9 @@ def build(model_type: str, length: int, settings: Settings) -> PreTrainedModel:
     settings = settings(length) if callable(settings) else settings
     config = CONFIG_MAPPING[model_type](**{**EXCEPTIONS.get(model_type, {}), **settings})
     config = small(config, length, settings)
-    model_class = getattr(transformers, MODEL_TYPES[model_type])
+    if model_type in WITHOUT_KEYS:
+        config.text_config.num_kv_shared_layers = 0
+    model_class = getattr(transformers, {**WITH_IMAGES, **MODEL_TYPES}[model_type])
     if model_class.config_class is not type(config):  # the decoder of a larger model has a configuration of its own
         parts = (part for part in vars(config).values() if type(part) is model_class.config_class)
         config = next(parts, config)
@@ -347,8 +355,8 @@ REPORT_TEXT = """\
 # Compatibility
 
 What `generate` does with each of the {total} model types that transformers {version} knows as causal language models:
-**{streams} stream, {refused} are refused** before the first token, and {not_built} could not be built. Written by
-`make architectures`; `python -m tools.architectures TYPE ...` tries single types.
+**{streams} stream, and {refused} are refused** before the first token{not_built}. Written by `make architectures`;
+`python -m tools.architectures TYPE ...` tries single types.
 
 Each type is built by its own classes, tiny and with random weights, with layers of each kind that it has by default.
 
@@ -385,17 +393,20 @@ Settings are in `tools/published.py`.
 | why | model types |
 | :---: | --- |
 {refused_rows}
-{legend}
+{legend}"""
+
+NOT_BUILT_TEXT = """
 ## These could not be built
 
-{not_built_rows}"""
+{rows}"""
 
 # Why types are refused, in few words: by what their refusal's message has in it.
 REASONS = {
     "not by a rotation": "Its keys change with their position, but not by a rotation, as where a vector is learned for "
     "each position. They can't be moved as tokens are evicted.",
     "takes no `position_ids`": "Its forward takes no `position_ids`, or makes nothing of them, and what it caches of a "
-    "token tells the token's place (most encoder-decoders). A stream must change these places to keep them bounded.",
+    "token tells the token's place (most encoder-decoders). A stream must change these places to keep them bounded. Or "
+    "it puts learned tokens before what it is given (cpmant).",
     "no layer": "No layer rotates its keys, and it does not go by the columns of its cache either: it has none, or has "
     "layers beside it that slide or keep a state.",
     "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
@@ -404,8 +415,8 @@ REASONS = {
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
     "cache.",
     "a cache": "transformers gives it a cache of its own, or none.",
-    "failed on a few tokens": "It can't be run on a few tokens of text alone: it needs what another model gives, or "
-    "transformers' own code fails there.",
+    "shared_kv_states": "It drafts for another model, out of whose keys and values it reads. It has none of its own.",
+    "than one table of embeddings": "Each of its tokens is several codes of a sound.",
 }
 
 
@@ -423,22 +434,22 @@ def report(rows: list[Row]) -> str:
         by_reason.setdefault(reason, []).append(row.model_type)
     lettered = list(zip(string.ascii_uppercase, filter(by_reason.get, by_reason)))
     streaming = ((row.model_type, row.layers, row.rotation) for row in by_verdict["streams"])
-    return REPORT_TEXT.format(
+    not_built = by_verdict["not built"]
+    text = REPORT_TEXT.format(
         total=len(rows),
         version=transformers.__version__,
         streams=len(by_verdict["streams"]),
         refused=len(by_verdict["refused"]),
-        not_built=len(by_verdict["not built"]),
+        not_built=f"; {len(not_built)} could not be built" if not_built else "",
         streaming_rows="".join(f"| {' | '.join(cells)} |\n" for cells in streaming),
         published_rows="".join(
             f"| {PUBLISHED[row.model_type][0]} | {row.model_type} | {row.verdict} |\n" for row in published
         ),
         refused_rows="".join(f"| {letter} | {', '.join(by_reason[reason])} |\n" for letter, reason in lettered),
         legend="".join(f"- **{letter}**: {reason}\n" for letter, reason in lettered),
-        not_built_rows="".join(
-            f"- {row.model_type}: {row.verdict.removeprefix('not built: ')}.\n" for row in by_verdict["not built"]
-        ),
     )
+    unbuilt = "".join(f"- {row.model_type}: {row.verdict.removeprefix('not built: ')}.\n" for row in not_built)
+    return text + (NOT_BUILT_TEXT.format(rows=unbuilt) if unbuilt else "")
 
 
 def quiet() -> None:

@@ -1,0 +1,30 @@
+"""The settings of published models in the sweep (`tools/published.py`): each does something."""
+
+import pytest
+import torch
+
+from tests.support.helpers import prompt
+from tools.architectures import TRAINED_LENGTH, build
+from tools.published import PUBLISHED
+
+
+@torch.no_grad()
+def logits(model_type: str, settings: dict) -> torch.Tensor:
+    """What a tiny model with these settings gives for more tokens than it was trained to."""
+    model = build(model_type, TRAINED_LENGTH, settings)
+    return model(input_ids=prompt(40)).logits
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_setting_changes_what_the_model_gives(name):
+    """A setting of which the configuration knows nothing, or which is the default, would try nothing."""
+    model_type, settings = PUBLISHED[name]
+    settings = settings(TRAINED_LENGTH) if callable(settings) else settings
+    expected = logits(model_type, settings)
+    for setting in settings.keys() - {"num_hidden_layers"}:  # of a type by default, there may be as many
+        others = {other: value for other, value in settings.items() if other != setting}
+        try:
+            without = logits(model_type, others)
+        except Exception:
+            continue  # the others can't be without it
+        assert not torch.equal(without, expected), f"{setting} changes nothing"
