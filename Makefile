@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 # From 5.8 transformers asks for Python 3.11; an older Python gets the newest release that it can have.
-NEWEST := transformers[serving]==5.23.0 ; python_version >= '3.11'
+NEWEST := transformers[serving]==5.24.0 ; python_version >= '3.11'
 OLDEST := 4.52.4
 HYBRID := .cache/gemma-3-270m
 MODEL := .cache/SmolLM2-135M-Instruct

@@ -12,7 +12,7 @@ nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
-RELEASES = ["4.52.4", "4.53.3", "4.55.4", "4.56.2", "4.57.6", "5.0.0", "5.3.0", "5.8.1", "5.17.0", "5.23.0"]
+RELEASES = ["4.52.4", "4.53.3", "4.55.4", "4.56.2", "4.57.6", "5.0.0", "5.3.0", "5.8.1", "5.17.0", "5.24.0"]
 ENDS = RELEASES[0], RELEASES[-1]  # these run the slow tests too
 # What they show hardly depends on the release: these files run on the newest one only.
 NEWEST_ONLY = [
@@ -32,7 +32,7 @@ NEWEST_ONLY = [
 NEWEST_ONLY += ["published", "reading", "reading_again", "readme", "rotation", "synced", "tensor_parallel"]
 # And these on the two ends only.
 ENDS_ONLY = ["flash", "unbound", "wrappers"]
-FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.23.0"]
+FOR_PYTHON_3_11 = ["5.8.1", "5.17.0", "5.24.0"]
 
 rows = []
 

@@ -1,6 +1,6 @@
 """What `peers.py` compares: each way to generate far, and the process that runs one of them, turn by turn.
 
-This file runs in the environments of all contestants, on transformers 4.34 to 5.23.
+This file runs in the environments of all contestants, on transformers 4.34 to 5.24.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.shapes import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Contestants, on transformers 4.34 to 5.23
+# Contestants, on transformers 4.34 to 5.24
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -301,7 +301,7 @@ def each_row(distances: list[int]) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Releases of transformers, 4.52 to 5.23: what differs between them
+# Releases of transformers, 4.52 to 5.24: what differs between them
 # ---------------------------------------------------------------------------------------------------------------------
 
 RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
@@ -315,6 +315,11 @@ except ImportError:  # until 4.53 a cache has no layer objects
 # Until 4.53 a model makes its mask for all tokens seen and uses its first columns. Once tokens are evicted, that is
 # wrong.
 MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
+
+# What models, their outputs and `generate` call a cache. From 5.24 on users may still use the older name, and code that
+# comes with a model may know no other.
+OLDER_NAME = "past_key_values"
+CACHE = "cache" if RELEASE >= (5, 24) else OLDER_NAME
 
 # Until 5.3 a model is told which columns are new (`cache_position`). Later ones ask the cache how many it has seen.
 TELLS_COLUMNS = RELEASE < (5, 4)
@@ -389,6 +394,12 @@ def default_layers(model: PreTrainedModel) -> list:
     return default_cache(model.config).layers if UNTOUCHED_LAYERS else []
 
 
+def cache_name(function: Callable) -> str:
+    """By which name a function takes a cache."""
+    names = inspect.signature(function).parameters
+    return OLDER_NAME if OLDER_NAME in names and CACHE not in names else CACHE
+
+
 def keys_and_values(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
     """The `keys` and `values` of each layer, `[batch, kv_heads, seq, head_dim]`; empty for a layer without.
 
@@ -429,7 +440,7 @@ def default_mask(
     if "cache_position" in arguments:  # until 5.3
         kwargs["cache_position"] = torch.arange(plan.start, plan.end, dtype=torch.long, device=states.device)
     config = model.config.get_text_config(decoder=True)
-    return make(config=config, attention_mask=attended, past_key_values=cache, **kwargs)
+    return make(config=config, attention_mask=attended, **{CACHE: cache}, **kwargs)
 
 
 def set_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
@@ -588,6 +599,7 @@ class SinkLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True  # what assisted decoding asks from 5.24 on
     keys = values = None
 
     def __init__(self, ring: Ring):
@@ -852,6 +864,8 @@ class StateAndSinkLayer(SinkLayer, StateLayer):
         ring: of `SinkLayer`.
     """
 
+    is_croppable = False
+
     def __init__(self, number_of_states: int, ring: Ring):
         SinkLayer.__init__(self, ring)
         StateLayer.__init__(self, number_of_states)
@@ -934,6 +948,7 @@ class ModelTraits:
         reach: up to which position all this was tried, or with how many columns.
         mask_dtype: of the masks that its attention takes.
         trained_length: see the function of that name.
+        cache_name: by which name it takes a cache.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
         balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
@@ -949,6 +964,7 @@ class ModelTraits:
     reach: int
     mask_dtype: torch.dtype
     trained_length: Optional[int]
+    cache_name: str
     ordered: bool
     counts_places: bool
     balances_experts: bool
@@ -1086,6 +1102,7 @@ def _traits(
         # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
         functools.reduce(torch.promote_types, (dtype for layer in layouts for _, dtype, _ in layer), model.dtype),
         trained_length(model.config),
+        cache_name(model.forward),
         ordered,
         ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
         bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
@@ -1257,7 +1274,7 @@ def _run(
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
         kwargs["position_ids"] = positions.expand(len(tokens), -1)
-    return runs(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs), cache
+    return runs(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
 
 
 def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -1817,6 +1834,8 @@ def _refuse_layers(model: PreTrainedModel) -> None:
         reason = f"its layers cache more than keys and values ({unknown})"
     elif own and not classes & set(FULL_LAYERS):
         reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
+    elif getattr(config, "n_recurrent_loops", 1) > 1:
+        reason = "it runs layers in loops, and adds some to the cache for these or reads keys out of it by itself"
     elif own and len(own) < config.num_hidden_layers:
         reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
     else:
@@ -1953,19 +1972,19 @@ def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwar
         )
 
 
-def refuse_cache(past_key_values: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless `past_key_values` is a `SinkCache`, and with the window that was named."""
+def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
+    """Raise unless the `cache` that was passed is a `SinkCache`, and with the window that was named."""
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
-    if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(past_key_values).__mro__):
+    if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(cache).__mro__):
         raise TypeError(
-            f"`past_key_values` must be this repository's `SinkCache`, got {type(past_key_values).__module__}."
-            f"{type(past_key_values).__name__}. Leave it out to start a new one."
+            f"`{CACHE}` must be this repository's `SinkCache`, got {type(cache).__module__}.{type(cache).__name__}. "
+            "Leave it out to start a new one."
         )
     for name, value in window.items():
-        if value is not None and value != getattr(past_key_values, name):
+        if value is not None and value != getattr(cache, name):
             raise ValueError(
-                f"`{name}` is {value}, but the `SinkCache` in `past_key_values` was made with "
-                f"{getattr(past_key_values, name)}. Leave `{name}` out, or use a new cache."
+                f"`{name}` is {value}, but the `SinkCache` in `{CACHE}` was made with {getattr(cache, name)}. Leave "
+                f"`{name}` out, or use a new cache."
             )
 
 
@@ -2031,7 +2050,7 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
     if 0 < columns <= end:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
-            f"`past_key_values` has seen, got {columns}; or only what is new, with the `attention_mask` of all. Don't "
+            f"`{CACHE}` has seen, got {columns}; or only what is new, with the `attention_mask` of all. Don't "
             "crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
         )
     if end < start < columns:
@@ -2045,7 +2064,7 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
 # The model's inputs with an entry for each column, and the dimension in which they have it.
 PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
 PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
-KNOWN_BY_IDS = {"input_ids", "attention_mask", "past_key_values", "use_cache", "cache_position"}
+KNOWN_BY_IDS = {"input_ids", "attention_mask", CACHE, OLDER_NAME, "use_cache", "cache_position"}
 KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
 
 
@@ -2114,7 +2133,7 @@ class WithoutGraph(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor) -> None:
         raise ValueError(
             "`backward` can't go through a bound `SinkCache`, which keeps no graph of its keys and values. Call the "
-            "model with a `DynamicCache`, or without `past_key_values`, where gradients are needed."
+            f"model with a `DynamicCache`, or without `{CACHE}`, where gradients are needed."
         )
 
 
@@ -2264,9 +2283,8 @@ class Stream:
         if not isinstance(layer, SinkLayer):
             return layer.get_mask_sizes(sizes)
         plan = self.plan_update(layer.seen, query_length(sizes))
-        if (
-            self.traits.ordered and not self._prepared
-        ):  # it would fail on columns of two numbers before it asks for keys
+        # A model that goes by columns would fail on columns of two numbers, before it asks for keys.
+        if self.traits.ordered and not self._prepared:
             self._refuse_unprepared(plan, self.batch_size)
         end = plan.place + plan.length if self._counts_places else plan.end
         return plan.num_keys, end - plan.num_keys
@@ -2314,12 +2332,12 @@ class Stream:
             self.pads, self.offsets, self._plan = pads, [0] * len(pads), None
         elif self.batch_size != batch_size:
             raise ValueError(
-                f"`past_key_values` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
+                f"`{CACHE}` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
                 "sequences count). Continue with as many, or `batch_repeat_interleave` it."
             )
         elif self.pads not in (pads, pads * batch_size):
             raise ValueError(
-                f"`attention_mask` has {pads} columns of left padding, but the rows in `past_key_values` began after "
+                f"`attention_mask` has {pads} columns of left padding, but the rows in `{CACHE}` began after "
                 f"{self.pads}. Pass the conversation as it was, with its mask, and the new tokens after it."
             )
         self.padding_known = True
@@ -2418,7 +2436,7 @@ class Stream:
             positions = positions.clone(memory_format=torch.contiguous_format)
             inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
         elif any(self.pads) or plan.evicts or self.is_indexed:
-            inputs["attention_mask"] = self._masks(model, inputs["past_key_values"], plan, tokens)
+            inputs["attention_mask"] = self._masks(model, inputs[self.traits.cache_name], plan, tokens)
         if inputs.get("output_router_logits", self.traits.balances_experts):
             inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
         if TELLS_COLUMNS and self._counts_places:
@@ -2574,7 +2592,7 @@ class Stream:
             return
         raise ValueError(
             f"A `SinkCache` can't go on outside of its `generate`: {reason}. Use `generate`, or call the model with "
-            "`**past_key_values.prepare_inputs(input_ids, attention_mask)`."
+            f"`**{CACHE}.prepare_inputs(input_ids, attention_mask)`."
         )
 
     def prepare_compiled_step(self, plan: UpdatePlan, device: torch.device) -> torch.Tensor:
@@ -2645,7 +2663,7 @@ class Stream:
         has_states = any(isinstance(layer, StateLayer) for layer in self.layers)
         if len(begun) > 1 or (has_states and self._prepared and self._plan is not None and {self._plan.end} != counts):
             raise ValueError(
-                "The `SinkCache` in `past_key_values` was left in the middle of a forward pass by an error: its layers "
+                f"The `SinkCache` in `{CACHE}` was left in the middle of a forward pass by an error: its layers "
                 "disagree about the tokens seen, and those that slide or keep a state can't take them back. `reset()` "
                 "it, or use a new one."
             )
@@ -2700,7 +2718,7 @@ class Stream:
         """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
         if self.common_length(input_ids, end - input_ids.shape[1]) < self.seen:
             raise ValueError(
-                "`input_ids` must continue the conversation in `past_key_values`, but are not the tokens that the "
+                f"`input_ids` must continue the conversation in `{CACHE}`, but are not the tokens that the "
                 "`SinkCache` has seen. To start another one, `reset()` it."
             )
 
@@ -3330,8 +3348,8 @@ class SinkCache(Cache):
         seen, window = self.get_seq_length(), self.held.window
         if not self.is_bound and seen > 0:
             raise ValueError(
-                f"The `SinkCache` in `past_key_values` was not bound when it took in its {seen} tokens. Call "
-                "`bind(model)` before the first token, or `reset()` it."
+                f"The `SinkCache` in `{CACHE}` was not bound when it took in its {seen} tokens. Call `bind(model)` "
+                "before the first token, or `reset()` it."
             )
         bound_to = self._bound_model
         if bound_to is not model:
@@ -3350,14 +3368,14 @@ class SinkCache(Cache):
             raise ValueError(
                 OTHER_MODEL
                 if bound_to is None
-                else "The `SinkCache` in `past_key_values` is bound to another model, whose keys and values mean "
-                "nothing to this one. Use a `SinkCache` for each model."
+                else f"The `SinkCache` in `{CACHE}` is bound to another model, whose keys and values mean nothing to "
+                "this one. Use a `SinkCache` for each model."
             )
         if seen > 0 and not rotate_alike(traits.rotations, held_traits.rotations):
             raise ValueError(
-                f"`model` rotates its keys otherwise than for the {seen} tokens that the `SinkCache` in "
-                "`past_key_values` holds, with which new ones would not fit together: its rotary embeddings are "
-                "others. `reset()` it, or use a new one."
+                f"`model` rotates its keys otherwise than for the {seen} tokens that the `SinkCache` in `{CACHE}` "
+                "holds, with which new ones would not fit together: its rotary embeddings are others. `reset()` it, or "
+                "use a new one."
             )
         if seen > 0:
             self.held.rebind(traits, layers, ceiling)
@@ -3461,8 +3479,9 @@ class SinkCache(Cache):
 
         Returns:
             `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
-            keys]`) and `past_key_values`, this cache: for the next call of the model and for no other. A model that
-            goes by the columns of its cache gets no `position_ids`, and int64 `[batch, keys]` for `attention_mask`.
+            keys]`) and `past_key_values` (from transformers 5.24 on `cache`), which is this cache: for the next call of
+            the model and for no other. A model that goes by the columns of its cache gets no `position_ids`, and int64
+            `[batch, keys]` for `attention_mask`.
 
         Raises:
             ValueError: the cache is not bound, or the arguments don't fit to what it holds.
@@ -3486,7 +3505,7 @@ class SinkCache(Cache):
         if length > at_once:
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         stream.begin(batch_size, stream.pads if start > 0 and attention_mask is None else left_padding(attention_mask))
-        inputs = {"input_ids": input_ids, "attention_mask": None, "past_key_values": self}
+        inputs = {"input_ids": input_ids, "attention_mask": None, stream.traits.cache_name: self}
         return stream.inputs_for_step(model, inputs)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
@@ -3669,7 +3688,7 @@ class SinkCache(Cache):
 
     def _refuse_use(self) -> None:
         raise ValueError(
-            "The `SinkCache` in `past_key_values` is in use by another call of `generate`, which goes on. Wait until "
+            f"The `SinkCache` in `{CACHE}` is in use by another call of `generate`, which goes on. Wait until "
             "that has ended, or use a cache for each call."
         )
 
@@ -3678,7 +3697,7 @@ class SinkCache(Cache):
 # One call of `generate`
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Settings of a generation that are served here, or that a model's files ask for and `past_key_values` replaces.
+# Settings of a generation that are served here, or that a model's files ask for and a cache that is passed replaces.
 SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
 
 # What `generate` appends to at each step, beside its ids and the mask.
@@ -3712,6 +3731,7 @@ class StreamedCall:
     Attributes:
         stand_in: what the decoding loop runs on.
         stream: the cache at work.
+        takes_cache_as: by which name the model takes the cache to prepare its inputs.
         kept_at: after how many columns the conversation is kept next; None if it isn't.
         columns, columns_not_passed: of the conversation, as the loop was given it; see `prompt_columns`.
         mask_given: whether its mask was given with it.
@@ -3748,6 +3768,7 @@ class StreamedCall:
         vars(self.stand_in)["_streamed_call"] = self
         for name in self.REPLACED:
             vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
+        self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
         self.columns = self.columns_not_passed = 0
         self.mask_given, self.embeddings = False, None
         self.prompt_is_next, self.handed_on = True, False
@@ -3773,11 +3794,11 @@ class StreamedCall:
         self.stand_in.generation_config = copied_with(self.stand_in.generation_config, **SERVED)
         recorded = self.stream.record_past
         try:
-            output = loop.__get__(self.stand_in)(past_key_values=self.cache, **kwargs)
+            output = loop.__get__(self.stand_in)(**{CACHE: self.cache}, **kwargs)
             if not self.handed_on:
                 raise ValueError(
                     f"`model` ({type(self.model).__name__}) has a `generate` of its own that did not hand "
-                    "`past_key_values` on to that of transformers, so nothing was streamed. Have it pass on the "
+                    f"`{CACHE}` on to that of transformers, so nothing was streamed. Have it pass on the "
                     "arguments that it doesn't know."
                 )
             if self.keeper is not None and not self.prompt_is_next:
@@ -3795,7 +3816,7 @@ class StreamedCall:
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """As ever. It is the first to see what the loop was given, by a `generate` of the model's own perhaps."""
-        if model_kwargs.get("past_key_values") is self.cache:
+        if model_kwargs.get(CACHE) is self.cache:
             given = {"inputs": inputs} | model_kwargs
             self.columns, self.columns_not_passed, _ = prompt_columns(given)
             end = self.stream.end_in_common(given)
@@ -3834,7 +3855,7 @@ class StreamedCall:
             valid = self.model._valid_auto_compile_criteria(model_kwargs, *args)
         finally:
             self.cache.is_compileable = False
-        self.compiled |= valid and model_kwargs.get("past_key_values") is self.cache
+        self.compiled |= valid and model_kwargs.get(CACHE) is self.cache
         return valid
 
     @property
@@ -3846,7 +3867,7 @@ class StreamedCall:
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
-        if kwargs.get("past_key_values") is not self.cache:  # a generation within this one, as token healing does
+        if kwargs.get(CACHE) is not self.cache:  # a generation within this one, as token healing does
             return self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         is_prompt, end = self.prompt_is_next, self.columns_not_passed + input_ids.shape[1]
         self.prompt_is_next = False
@@ -3869,10 +3890,13 @@ class StreamedCall:
             new = self.embeddings[:, start - end :]
             kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
             kwargs["next_sequence_length"] = end - start
+        kwargs[self.takes_cache_as] = kwargs.pop(CACHE)
         inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        caches = [inputs.pop(name, None) for name in (CACHE, OLDER_NAME)]
         # Some models start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
-        if inputs.get("past_key_values") is not self.cache or new_tokens(inputs).shape[1] > end - start:
-            inputs = slice_inputs(inputs, slice(start - end, None)) | {"past_key_values": self.cache}
+        if not any(cache is self.cache for cache in caches) or new_tokens(inputs).shape[1] > end - start:
+            inputs = slice_inputs(inputs, slice(start - end, None))
+        inputs[stream.traits.cache_name] = self.cache
         if is_prompt:
             inputs = self._last_chunk(inputs, new_columns=end - self.columns)
         return stream.inputs_for_step(self.stand_in, inputs)
@@ -3929,7 +3953,7 @@ class StreamedCall:
     def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
         kwargs = self.model._update_model_kwargs_for_generation(*args, **kwargs)
-        if kwargs.get("past_key_values") is not self.cache:
+        if kwargs.get(CACHE) is not self.cache:
             return kwargs
         if self.stream.in_compiled_step:
             self.stream.count_compiled_token()
@@ -3991,7 +4015,7 @@ class SyncedCall(StreamedCall):
     def _idle_inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
         """The model's inputs for an idle pass of as many rows as `tokens`: its output means nothing."""
         ids = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-        inputs = {"input_ids": ids, "past_key_values": default_cache(self.model.config), "use_cache": True}
+        inputs = {"input_ids": ids, self.stream.traits.cache_name: default_cache(self.model.config), "use_cache": True}
         return inputs if self.stream.traits.ordered else inputs | {"position_ids": torch.zeros_like(ids)}
 
 
@@ -4056,7 +4080,7 @@ class Drafter:
         else:
             cache.reset()
             cache.activate_past_recording()
-        for name in ("past_key_values", "position_ids", "cache_position"):
+        for name in (CACHE, "position_ids", "cache_position"):
             kwargs.pop(name, None)
         most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
         if kwargs.get("min_new_tokens") is not None:
@@ -4064,7 +4088,7 @@ class Drafter:
         kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
         kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
         output = StreamedCall(self.runs_on, cache).decode(type(self.runs_on).generate, kwargs)
-        output.past_key_values = None  # transformers would crop it by its own count
+        setattr(output, CACHE, None)  # transformers would crop it by its own count
         return output
 
 
@@ -4120,10 +4144,10 @@ def generate(
         offload_kept_conversations (`bool`, defaults to that of the generation config, or `False`): keep them in the
             memory of the CPU, so that a GPU holds one window.
         kwargs: all that `model.generate` takes. Of special meaning:
-            past_key_values (`SinkCache`): continue in this cache, in its window unless another is named, which is an
-                error. The conversation so far comes again as `input_ids`, or its new tokens only with the
-                `attention_mask` of all. A new, unbound cache is bound to `model`. Until the call ends, no other may use
-                the cache.
+            past_key_values (`SinkCache`), from transformers 5.24 on also named `cache`: continue in this cache, in its
+                window unless another is named, which is an error. The conversation so far comes again as `input_ids`,
+                or its new tokens only with the `attention_mask` of all. A new, unbound cache is bound to `model`. Until
+                the call ends, no other may use the cache.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
                 alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
                 chunks of `3/4 * window_length / num_sink_tokens`, at most 256: attention sees a copy of the sinks for
@@ -4147,6 +4171,10 @@ def generate(
         own = (model, window_length, num_sink_tokens, prefill_progress)
         return generate(**_by_name(args, dict(zip(OWN_ARGUMENTS, own)) | keeping | kwargs))
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
+    cache, older = kwargs.pop(CACHE, None), kwargs.pop(OLDER_NAME, None)
+    if cache is not None and older is not None:
+        raise TypeError(f"`{OLDER_NAME}` and `{CACHE}` are two names of one argument. Leave one of them out.")
+    cache = older if cache is None else cache
     model = unwrapped(model)
     loop = _generate_behind(model)
     refuse_arguments(model, kwargs)
@@ -4156,11 +4184,11 @@ def generate(
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
     around = vars(model).get("_streamed_call")  # an override on a stand-in, that asks for a stream by itself
-    if around is not None and kwargs.get("past_key_values") is around.cache:
-        return loop.__get__(model)(**kwargs)
+    if around is not None and cache is around.cache:
+        return loop.__get__(model)(**{CACHE: cache}, **kwargs)
     model = model if around is None else around.model
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    cache, keeper = kwargs.pop("past_key_values", None), None
+    keeper = None
     number, on_cpu = (resolve_setting(model, keeping | kwargs, name) for name in keeping)
     number = checked_number_kept(0 if number is None else number)
     if cache is None:

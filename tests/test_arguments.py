@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, OLDER_NAME, SinkCache, generate
 from tests.support.helpers import prompt, small_model
 
 SETTINGS = dict(max_new_tokens=40, do_sample=False)
@@ -49,6 +49,59 @@ def test_what_is_no_integer(value):
         SinkCache(16, value)
     with pytest.raises(ValueError, match="`prefill_chunk_size` must be an int"):
         generate(small_model(), input_ids=prompt(5), prefill_chunk_size=value)
+
+
+# --- a cache by its names
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([CACHE, OLDER_NAME]))
+def test_a_cache_by_each_of_its_names(name):
+    model, cache = small_model(), SinkCache(16, 4)
+    settings = dict(SETTINGS, return_dict_in_generate=True)
+    output = generate(model, input_ids=prompt(30), **{name: cache}, **settings)
+    assert output[CACHE] is output.past_key_values is cache
+    turn = torch.cat([output.sequences, prompt(3)], dim=1)
+    again = generate(model, input_ids=turn, **{name: cache}, **settings)
+    assert torch.equal(again.sequences, generate(model, 16, 4, input_ids=turn, **SETTINGS))
+    with pytest.raises(TypeError, match=f"`{CACHE}` must be this repository's `SinkCache`, got builtins.str"):
+        generate(model, input_ids=turn, **{name: "static"}, **settings)
+
+
+@pytest.mark.skipif(CACHE == OLDER_NAME, reason="until 5.23 it has one name")
+def test_a_cache_by_both_names():
+    with pytest.raises(TypeError, match="`past_key_values` and `cache` are two names of one argument"):
+        generate(small_model(), input_ids=prompt(5), cache=SinkCache(16, 4), past_key_values=SinkCache(16, 4))
+
+
+class WithOlderNames(transformers.LlamaForCausalLM):
+    """A model whose code was written before 5.24."""
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        assert past_key_values is not None
+        return super().prepare_inputs_for_generation(input_ids, **{CACHE: past_key_values}, **kwargs)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        assert past_key_values is not None
+        kwargs |= dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        return super().forward(**{CACHE: past_key_values}, **kwargs)
+
+
+def test_a_model_that_knows_the_older_name_only():
+    model = small_model()
+    older = WithOlderNames(model.config).eval()
+    older.load_state_dict(model.state_dict())
+    for settings in (
+        dict(input_ids=prompt(30)),
+        dict(input_ids=prompt(30), prompt_lookup_num_tokens=3, eos_token_id=210),
+    ):
+        said = generate(older, 16, 4, **settings, **SETTINGS)
+        assert torch.equal(said, generate(model, 16, 4, **settings, **SETTINGS))
+    cache, ids = SinkCache(16, 4).bind(older), prompt(30)
+    other = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        for part in ids.split(3, dim=1):
+            logits = older(**cache.prepare_inputs(part)).logits
+            assert torch.equal(logits, model(**other.prepare_inputs(part)).logits)
 
 
 # --- prompts

@@ -5,15 +5,14 @@ import copy
 
 import pytest
 import torch
-from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from custom_generate.generate import SinkCache, generate, own_tensors
-from tests.support.helpers import RELEASE, left_padded, prompt, small_model
+from tests.support.helpers import IS_NEWEST, left_padded, prompt, small_model
 
-pytestmark = pytest.mark.skipif(RELEASE < Version("5.23"), reason="kernels are counted on the newest release")
+pytestmark = pytest.mark.skipif(not IS_NEWEST, reason="kernels are counted on the newest release")
 
 BATCHES = {
     "one row": dict(input_ids=prompt(30)),

@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AttentionInterface
 
-from custom_generate.generate import SinkCache, SinkLayer, generate
+from custom_generate.generate import CACHE, SinkCache, SinkLayer, generate
 from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, small_model, stream
 from tests.support.oracle import difference, oracle
 
@@ -241,7 +241,7 @@ def test_a_cache_whose_states_are_ahead_of_its_keys():
     with pytest.raises(ZeroDivisionError):
         stream(model, output.sequences, 5, past_key_values=output.past_key_values)
     hook.remove()
-    with pytest.raises(ValueError, match="`past_key_values` was left in the middle of a forward pass"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` was left in the middle of a forward pass"):
         stream(model, output.sequences, 5, past_key_values=output.past_key_values)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import prompt, small_model
 
-IN_USE = "`SinkCache` in `past_key_values` is in use by another call of `generate`"
+IN_USE = f"`SinkCache` in `{CACHE}` is in use by another call of `generate`"
 SETTINGS = dict(max_new_tokens=20, do_sample=False)
 
 

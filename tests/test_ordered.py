@@ -17,7 +17,7 @@ from transformers import (
     OPTConfig,
 )
 
-from custom_generate.generate import SinkCache, generate, read_model
+from custom_generate.generate import CACHE, SinkCache, generate, read_model
 from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, seeded, small_model, stream
 from tests.support.oracle import difference, oracle_in_order
 from tests.test_synced import Others
@@ -55,7 +55,7 @@ def told(model) -> list[tuple]:
     """A list that grows by how many columns `model` is told of before each call, and by its inputs."""
     calls: list[tuple] = []
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((kwargs["past_key_values"].get_seq_length(), kwargs)),
+        lambda module, args, kwargs: calls.append((kwargs[CACHE].get_seq_length(), kwargs)),
         with_kwargs=True,
     )
     return calls

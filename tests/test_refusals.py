@@ -6,7 +6,7 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import RELEASE, prompt, small_model, with_the_old_class
 
 
@@ -42,8 +42,8 @@ ARGUMENTS = [
     (dict(generation_config=GenerationConfig(use_cache=False)), ValueError, "`use_cache` must not be False"),
     (dict(cache_implementation="static"), ValueError, "`cache_implementation`.*'static'"),
     (dict(generation_config=GenerationConfig(cache_implementation="static")), ValueError, "`cache_implementation`"),
-    (dict(past_key_values=DynamicCache()), TypeError, "`past_key_values` must be.*DynamicCache"),
-    (dict(past_key_values=((torch.zeros(1),),)), TypeError, "`past_key_values` must be.*tuple"),
+    (dict(past_key_values=DynamicCache()), TypeError, f"`{CACHE}` must be.*DynamicCache"),
+    (dict(past_key_values=((torch.zeros(1),),)), TypeError, f"`{CACHE}` must be.*tuple"),
     (dict(past_key_values=SinkCache(32, 4), window_length=16), ValueError, "`window_length` is 16.*made with 32"),
     (dict(past_key_values=SinkCache(32, 4), num_sink_tokens=2), ValueError, "`num_sink_tokens` is 2.*made with 4"),
     (dict(penalty_alpha=0.6, top_k=4), ValueError, "`penalty_alpha`"),
@@ -145,7 +145,7 @@ def test_a_cache_of_another_model():
     SinkCache(16, 4).bind(other)  # reads the rotation
     passes = forward_passes(other)
     for refused in (lambda: generate(other, input_ids=prompt(5), past_key_values=cache), lambda: cache.bind(other)):
-        with pytest.raises(ValueError, match="`past_key_values` is bound to another model"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` is bound to another model"):
             refused()
     assert passes == []
     assert cache.bind(one) is cache
@@ -194,7 +194,7 @@ def test_a_batch_of_another_size(rows):
     model, cache = small_model(), SinkCache(16, 4)
     sequences = generate(model, input_ids=prompt(5, rows=rows), past_key_values=cache, max_new_tokens=20)
     passes = forward_passes(model)
-    with pytest.raises(ValueError, match=f"`past_key_values` holds a batch of {rows}, got one of 6"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` holds a batch of {rows}, got one of 6"):
         generate(model, input_ids=sequences[:1].repeat(2, 1), past_key_values=cache, max_new_tokens=5, num_beams=3)
     assert passes == []
 
@@ -206,7 +206,7 @@ def test_another_conversation(seen, changed):
     turn = torch.cat([sequences, prompt(5)], dim=1)
     turn[0, changed] += 1  # one of the tokens that the cache has seen
     passes = forward_passes(model)
-    with pytest.raises(ValueError, match="`input_ids` must continue the conversation in `past_key_values`"):
+    with pytest.raises(ValueError, match=f"`input_ids` must continue the conversation in `{CACHE}`"):
         generate(model, input_ids=turn, past_key_values=cache, max_new_tokens=5)
     assert passes == [] and cache.get_seq_length() == seen
 
@@ -446,7 +446,7 @@ def test_a_window_longer_than_unchanging_frequencies():
 @with_the_old_class
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_old_class():
-    with pytest.raises(TypeError, match="`past_key_values` must be this repository's `SinkCache`, got transformers"):
+    with pytest.raises(TypeError, match=f"`{CACHE}` must be this repository's `SinkCache`, got transformers"):
         generate(small_model(), input_ids=prompt(5), past_key_values=transformers.SinkCache(16, 4))
 
 

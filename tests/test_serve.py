@@ -13,16 +13,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 from tests.support.documents import snippets
-from tests.support.helpers import RELEASE, loadable
+from tests.support.helpers import IS_NEWEST, loadable
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(RELEASE < Version("5.23"), reason="`transformers serve` and `chat` are tried on 5.23.0 only"),
+    pytest.mark.skipif(not IS_NEWEST, reason="`transformers serve` and `chat` are tried on the newest release only"),
 ]
 
 TURNS = ["It was a dark night, and the lamp", "And then?", "Go on, what did the keeper do?"]

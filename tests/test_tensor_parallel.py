@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import RELEASE, left_padded, prompt, small_model
+from tests.support.helpers import IS_NEWEST, left_padded, prompt, small_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(RELEASE < Version("5.23"), reason="tensor parallelism on a CPU is tried on 5.23.0 only"),
+    pytest.mark.skipif(not IS_NEWEST, reason="tensor parallelism on a CPU is tried on the newest release only"),
 ]
 
 

@@ -97,6 +97,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "qwen4_exp_text": dict.fromkeys(("head_dim", "indexer_head_dim"), 16)
     | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 512, "indexer_compress_ratio": 4},
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "blenderbot": {"encoder_layers": 4},  # by which transformers counts the layers of the cache
     "xmod": {"default_language": "en_XX"},
     # Time steps, which transformers holds above this for several tokens and not for one.
@@ -412,6 +413,7 @@ REASONS = {
     "of each other changes": "What its tokens see of each other changes when all move by the same distance.",
     "more than keys and values": "Its layers cache more than keys, values and an index that chooses tokens: positions, "
     "or compressed tokens.",
+    "layers in loops": "It runs layers in loops, adds some to its cache for these, or reads keys out of it by itself.",
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
     "cache.",
     "a cache": "transformers gives it a cache of its own, or none.",
