@@ -3749,6 +3749,7 @@ class StreamedCall:
         "_prepare_generated_length",
         "_get_stopping_criteria",
         "_valid_auto_compile_criteria",
+        "_validate_model_kwargs",
     )
 
     def __init__(
@@ -3827,6 +3828,11 @@ class StreamedCall:
             if self.stream.seen > 0 or not is_text(model_kwargs):
                 self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As ever, with the cache by the name that the model has for it."""
+        named = {self.takes_cache_as if name == CACHE else name: value for name, value in model_kwargs.items()}
+        self.model._validate_model_kwargs(named)
 
     def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs) -> Any:
         """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
