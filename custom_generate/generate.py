@@ -2260,7 +2260,7 @@ class Stream:
             return seen
         return plan.place if self.sink_layers[-1].seen == plan.start else seen
 
-    @property
+    @functools.cached_property
     def is_indexed(self) -> bool:
         """Whether some layers choose their tokens by an index."""
         return any(isinstance(layer, IndexedLayer) for layer in self.sink_layers)
