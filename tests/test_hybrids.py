@@ -15,7 +15,7 @@ from tests.support.oracle import difference, oracle
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
-MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8)
+MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=16)
 SLIDE = {
     "gemma3_text": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=10),  # two kinds of rotation
     "cohere2": dict(layer_types=[SLIDING, SLIDING, FULL], sliding_window=10),  # no positions where it is full
@@ -80,7 +80,7 @@ def test_every_step_while_positions_are_shifted_back(name):
     assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]) < 1e-5
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [None, 1, 7])
+@pytest.mark.parametrize("prefill_chunk_size", [None, pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("name", SERVED)
 def test_a_long_prompt_in_chunks(name, prefill_chunk_size):
     model = hybrid(name)
@@ -90,7 +90,7 @@ def test_a_long_prompt_in_chunks(name, prefill_chunk_size):
 
 
 @pytest.mark.parametrize("name", SERVED)
-@pytest.mark.parametrize("prefill_chunk_size", [1, 7])
+@pytest.mark.parametrize("prefill_chunk_size", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_each_row_as_if_alone(name, prefill_chunk_size):
     model = hybrid(name, max_position_embeddings=20)
     prompts = [prompt(length, seed=length) for length in (3, 30, 12)]

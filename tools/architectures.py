@@ -64,6 +64,7 @@ SIZES = {
     r".*(intermediate_size.*|ffn.*(dim|size)|d_ff|dff|dim_ff|d_inner|mlp_dim)": 64,
     r".*image_size": 28,
     r".*patch_size": 14,
+    r"(mamba_)?chunk_size": 16,  # what states are computed by, however short a text is
     r".*(channels?|num_filters)": 32,
 }
 POSITIONS = r"max_position_embeddings|n_positions|max_seq_len|n_ctx|max_(source|target)_positions|context_length"

