@@ -30,7 +30,7 @@ def expected(name, output, length, **settings):
 
 
 @pytest.mark.parametrize("length", [3, 40])
-@pytest.mark.parametrize("index_topk", [2, 8, 64])
+@pytest.mark.parametrize("index_topk", [*(pytest.param(number, marks=pytest.mark.slow) for number in (2, 64)), 8])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_while_positions_are_shifted_back(name, index_topk, length):
     model = indexed(name, index_topk, length=24)

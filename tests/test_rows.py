@@ -8,8 +8,10 @@ from tests.support.helpers import left_padded, prompt, small_model
 from tests.support.oracle import difference
 
 
-@pytest.mark.parametrize("trained_length", [16, 512])
-@pytest.mark.parametrize("attn_implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "attn_implementation, trained_length",
+    [("sdpa", 16), ("sdpa", 512), pytest.param("eager", 16, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("window", [(16, 4), (16, 0), pytest.param((16, 15), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     "lengths", [(3, 7, 1, 12), pytest.param((5, 5), marks=pytest.mark.slow), (1, 40, 16, 17)], ids=str
@@ -18,12 +20,12 @@ def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_leng
     model = small_model(attn_implementation=attn_implementation, max_position_embeddings=trained_length)
     prompts = [prompt(length, seed=row) for row, length in enumerate(lengths)]
     settings = dict(
-        max_new_tokens=60, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
+        max_new_tokens=40, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
     )
     batch = generate(model, *window, **left_padded(prompts), **settings)
     for row, ids in enumerate(prompts):
         alone = generate(model, *window, input_ids=ids, **settings)
-        assert torch.equal(batch.sequences[row, -60:], alone.sequences[0, -60:])
+        assert torch.equal(batch.sequences[row, -40:], alone.sequences[0, -40:])
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 

@@ -183,15 +183,15 @@ def counting(model, how: str, dynamic) -> list:
     return graphs
 
 
-WAYS = [("its forward", None), ("in place", True)]
-WAYS += [pytest.param(*way, marks=on_the_newest) for way in [("its forward", True), ("its layers", None)]]
+# How, whether for any sizes, and whether several rows or tokens come at once.
+WAYS = [("its forward", None, False), ("its forward", None, True), ("in place", True, False)]
+WAYS += [pytest.param(*way, marks=on_the_newest) for way in [("its forward", True, True), ("its layers", None, False)]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("how, dynamic", WAYS)
-def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, rows):
-    settings = dict(left_padded([prompt(10), prompt(8)][:rows]), do_sample=False)
+@pytest.mark.parametrize("how, dynamic, several", WAYS)
+def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, several):
+    settings = dict(left_padded([prompt(10), prompt(8)] if several else [prompt(10)]), do_sample=False)
     model = small_model(num_hidden_layers=2)
     expected = generate(model, 16, 4, max_new_tokens=40, **settings)
     graphs = counting(model, how, dynamic)
@@ -207,14 +207,13 @@ def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.parametrize("how, dynamic", WAYS)
-def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled(how, dynamic, chunk):
+@pytest.mark.parametrize("how, dynamic, several", WAYS)
+def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled(how, dynamic, several):
     model, tokens = small_model(num_hidden_layers=2), prompt(45)
     counting(model, how, dynamic)
     cache, logits = SinkCache(16, 4).bind(model), []
     with torch.no_grad():
-        for part in tokens.split(chunk, dim=1):
+        for part in tokens.split(3 if several else 1, dim=1):
             logits.append(model(**cache.prepare_inputs(part)).logits[0])
     expected = oracle(small_model(num_hidden_layers=2), tokens[0].tolist(), 16, 4)
     assert difference(torch.cat(logits), expected) < 1e-5
