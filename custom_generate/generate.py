@@ -3031,11 +3031,14 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            state = (file.metadata() or {}).get("sink_cache")
-            if state is None:
+            if "sink_cache" not in (file.metadata() or {}):
                 raise ValueError("its metadata has no entry `sink_cache`")
-            # Copied, or the file could not be removed as long as they are there.
-            return state, {name: file.get_tensor(name).clone() for name in file.keys()}
+        # All at once, as another `save` may replace the file: safetensors opens it a second time for its tensors.
+        with open(path, "rb") as file:
+            content = file.read()
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return header["__metadata__"]["sink_cache"], tensors
     except OSError:
         raise
     except Exception as error:  # of safetensors, or of a torch that doesn't know a dtype

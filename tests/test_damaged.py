@@ -1,5 +1,6 @@
 """Files of conversations: what is wrong with a damaged one is said when it is loaded, and `save` never loses one."""
 
+import itertools
 import json
 import os
 import random
@@ -343,6 +344,32 @@ def test_threads_that_save_to_one_path(tmp_path):
     for thread in threads:
         thread.join(120)
     assert errors == [] and os.listdir(tmp_path) == ["conversation"]
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
+    model, path, done = small_model(), tmp_path / "conversation", threading.Event()
+    files = []
+    for length in (30, 33):
+        cache = SinkCache(16, 4)
+        generate(model, input_ids=prompt(length), past_key_values=cache, max_new_tokens=1)
+        cache.save(path)
+        files.append(path.read_bytes())
+
+    def replace():
+        for file in itertools.cycle(files):
+            (tmp_path / "other").write_bytes(file)
+            os.replace(tmp_path / "other", path)
+            if done.is_set():
+                return
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        found = {SinkCache.load(path, model).get_seq_length() for _ in range(100)}
+    finally:
+        done.set()
+        thread.join()
+    assert found == {30, 33}
 
 
 @pytest.mark.slow
