@@ -24,20 +24,32 @@ pytestmark = [
 
 
 @pytest.fixture
-def measured(carrier, tmp_path):
-    """A function that measures a tiny model on a text, into a folder; it returns the process."""
+def arguments(carrier, tmp_path):
+    """Those that measure a tiny model on a text."""
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text())
+    names = ["--model", str(carrier), "--text", str(text)]
+    return [*names, "--window-length", "32", "--every", "64", "--dtype", "float32", "--device", "cpu"]
 
-    def start(folder: Path, *arguments: str) -> pexpect.spawn:
-        command = ["-m", "benchmarks.perplexity", "--model", str(carrier), "--text", str(text)]
-        command += ["--window-length", "32", "--every", "64", "--dtype", "float32", "--results", str(folder)]
-        terminal = dict(cwd=ROOT, encoding="utf-8", timeout=120)
-        # Where the tests run in the background, interrupts are ignored, and the process would go on ignoring them.
-        heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return pexpect.spawn(sys.executable, [*command, *arguments], preexec_fn=heeding, **terminal)
 
-    return start
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a benchmark in this process, and returns what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def start(*arguments: str) -> pexpect.spawn:
+    """The benchmark of perplexity in a process of its own."""
+    # Where the tests run in the background, interrupts are ignored, and the process would go on ignoring them.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    terminal = dict(cwd=ROOT, encoding="utf-8", timeout=120, preexec_fn=heeding)
+    return pexpect.spawn(sys.executable, ["-m", "benchmarks.perplexity", *arguments], **terminal)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -47,28 +59,28 @@ def rows(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "ms"} for row in csv.DictReader(lines)]
 
 
-def test_it_goes_on_where_it_was_cut_off(measured, tmp_path):
-    caches = ("--caches", "full", "sink", "window", "--tokens", "1024")
-    assert "sink cache" in measured(tmp_path / "whole", *caches).read()
+def test_it_goes_on_where_it_was_cut_off(arguments, run, tmp_path):
+    arguments += ["--caches", "full", "sink", "window", "--tokens", "1024", "--results"]
+    assert "sink cache" in run("perplexity", *arguments, str(tmp_path / "whole"))
     expected = rows(tmp_path / "whole")
     assert len(expected) == 3 * 16
     for cut_at in (3, 19):  # in the full cache's run, and in that of the sink cache
-        cut = measured(tmp_path / "cut", *caches)
+        cut = start(*arguments, str(tmp_path / "cut"))
         while len(rows(tmp_path / "cut")) < cut_at:
             assert cut.isalive(), cut.read()
             time.sleep(0.01)
         cut.sendintr()
         cut.read()
         assert cut_at <= len(rows(tmp_path / "cut")) < len(expected)
-    assert "sink cache" in measured(tmp_path / "cut", *caches).read()
+    assert "sink cache" in run("perplexity", *arguments, str(tmp_path / "cut"))
     assert rows(tmp_path / "cut") == expected
     assert not list((tmp_path / "cut").glob("*.unfinished"))
 
 
-def test_perplexity_is_that_of_the_next_token(measured, carrier, tmp_path):
+def test_perplexity_is_that_of_the_next_token(arguments, run, carrier, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    measured(tmp_path / "out", "--caches", "sink", "--tokens", "128").read()
+    run("perplexity", *arguments, "--caches", "sink", "--tokens", "128", "--results", str(tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(carrier)
     tokenizer, text = AutoTokenizer.from_pretrained(carrier), (ROOT / "README.md").read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :129]
@@ -93,8 +105,6 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_short_form_of_each_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+def test_a_short_form_of_each_benchmark_runs(name, run, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *SHORT[name].split()])
-    importlib.import_module(f"benchmarks.{name}").main()
-    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert len(run(name, *SHORT[name].split()).splitlines()) >= 2

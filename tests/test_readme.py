@@ -1,4 +1,4 @@
-"""What the documents say to run, runs as it stands there, with a tiny model behind the real one's name."""
+"""What the documents say to run, runs as it stands there but shorter, with a tiny model behind the real one's name."""
 
 import ast
 import json
@@ -38,19 +38,23 @@ def workplace(hub, installed, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def shorter(snippet: str) -> str:
+    return snippet.replace("max_new_tokens=10_000", "max_new_tokens=500")
+
+
 def run(document: str, names: dict) -> dict:
     """Run all Python blocks of a document, and the lines of its diffs that are to be written."""
     for snippet in snippets(document, "python"):
-        exec(compile(snippet, document, "exec"), names)
+        exec(compile(shorter(snippet), document, "exec"), names)
     for snippet in snippets(document, "diff"):
         exec("\n".join(line[2:] for line in snippet.splitlines() if line.startswith("+")), names)
     return names
 
 
 def first_example() -> dict:
-    """The names that the README's first example leaves, made shorter."""
+    """The names that the README's first example leaves."""
     names: dict = {"name": "Qwen/Qwen3-0.6B"}
-    exec(snippets("README.md", "python")[0].replace("max_new_tokens=10_000", "max_new_tokens=10"), names)
+    exec(shorter(snippets("README.md", "python")[0]), names)
     return names
 
 
