@@ -48,7 +48,7 @@ test: lint
 	$(MAKE) matrix
 
 quick: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
+	.venv/bin/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
 
 matrix: models releases
 	.venv/bin/nox $(if $(ARGS),-- $(ARGS))

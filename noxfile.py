@@ -61,14 +61,10 @@ def tests(session: nox.Session, release: str) -> None:
     selected += [f"--ignore=tests/test_{name}.py" for name in left_out]
     report = Path(session.create_tmp()) / "report.xml"
     report.unlink(missing_ok=True)
-    # Two processes of one thread each: the models are too small to gain from threads. The one that is done first
-    # takes tests from the other.
+    # Of two processes, the one that is done first takes tests from the other.
     pytest = ("python", "-m", "pytest", "--numprocesses=2", "--dist=worksteal", f"--junitxml={report}")
-    ran = session.run(
-        *(*pytest, *selected, *session.posargs),
-        env={"OMP_NUM_THREADS": "1"},
-        success_codes=range(3),  # passed; tests failed; not even all collected
-    )
+    # Passed; tests failed; not even all collected.
+    ran = session.run(*pytest, *selected, *session.posargs, success_codes=range(3))
     if ran is None:  # with --install-only
         return
     outcomes, reasons = Counter(), Counter()

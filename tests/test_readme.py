@@ -92,7 +92,7 @@ def test_two_processes(workplace, number):
     program, *arguments = command.replace("launch", "launch --cpu").split()
     # By their modules, as the environments of `make matrix` share the programs of one.
     command = [sys.executable, "-m", MODULES[program], *arguments, file]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     said = sorted(ast.literal_eval(line)[0] for line in re.findall(r"\[(?:'.*?'|\".*?\")\]", ran.stdout))
