@@ -5,7 +5,6 @@ import copy
 import json
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 from tests.support.documents import snippets
-from tests.support.helpers import IS_NEWEST, loadable
+from tests.support.helpers import IS_NEWEST, free_port, loadable
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,9 +59,7 @@ def counts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, counts):
     """The address of a server that has loaded nothing yet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://localhost:{port}"
     log = tmp_path_factory.mktemp("serve") / "log"
     program = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]

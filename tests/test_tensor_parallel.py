@@ -1,7 +1,6 @@
 """Two processes that have a share of the heads of each layer (`tp_plan="auto"`) say what one with all of them says."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import IS_NEWEST, left_padded, prompt, small_model
+from tests.support.helpers import IS_NEWEST, free_port, left_padded, prompt, small_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,10 +53,7 @@ def can_load(path: str, model) -> bool:
 
 def test_two_processes_and_their_files(tmp_path):
     small_model("qwen3").save_pretrained(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(a_rank, (str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(a_rank, (str(tmp_path), free_port()), nprocs=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = say(model)
     for number in range(2):

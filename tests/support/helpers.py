@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,13 @@ def loadable(folder: Path) -> str:
         place = Path(os.environ["HF_HOME"]) / "modules/transformers_modules" / folder.name / "custom_generate"
         place.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
