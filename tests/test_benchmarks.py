@@ -28,8 +28,8 @@ def arguments(carrier, tmp_path):
     """Those that measure a tiny model on a text."""
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text())
-    names = ["--model", str(carrier), "--text", str(text)]
-    return [*names, "--window-length", "32", "--every", "64", "--dtype", "float32", "--device", "cpu"]
+    settings = "--window-length 32 --every 64 --dtype float32 --device cpu"
+    return ["--model", str(carrier), "--text", str(text), *settings.split()]
 
 
 @pytest.fixture
