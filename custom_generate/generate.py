@@ -32,6 +32,7 @@ Contents: the window, one update of it, and rotations; releases of transformers;
 
 import contextlib
 import copy
+import enum
 import errno
 import functools
 import inspect
@@ -47,7 +48,7 @@ import tempfile
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
@@ -102,6 +103,15 @@ class Window:
         return torch.where((tokens >= 0) & (tokens < self.num_sinks), tokens, in_ring)
 
 
+class Caller(enum.Enum):
+    """Who has the model make an update."""
+
+    UNKNOWN = "nobody has looked at it yet"
+    MODEL = "a call of the model by itself, and what it does by itself is right"
+    LOOP = "a loop of one's own, by `SinkCache.prepare_inputs`"
+    GENERATE = "`generate`, which tells when the update is done"
+
+
 class UpdatePlan:
     """What one update keeps, writes and sees: the same for every layer.
 
@@ -132,7 +142,10 @@ class UpdatePlan:
         place: how many tokens a model that counts them is told to have been before: as many as are kept, so it counts
             no further than the window is long.
         needs_mask: whether attention must be told which of them each token sees.
+        caller: who has the model make the update.
     """
+
+    caller = Caller.UNKNOWN
 
     def __init__(self, window: Window, start: int, length: int, pads: list[int], offsets: list[int]):
         self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
@@ -155,6 +168,11 @@ class UpdatePlan:
         self.needs_mask = self.sees_copies or min(self.kept) < max(self.kept) or min(self.num_new) < length
         self._indices: dict[torch.device, tuple] = {}
         self._slots_in_order: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model was given positions and a mask for this update."""
+        return self.caller in (Caller.LOOP, Caller.GENERATE)
 
     def tokens(self, first: int, device: torch.device) -> torch.Tensor:
         """The tokens of the columns from `start + first` to the last, negative in padding: int64 `[rows, columns]`."""
@@ -199,6 +217,19 @@ class UpdatePlan:
             each.to(device) for each in (self.window.slots(recent), rows, columns, slots)
         )
         return recent_slots, slice(None) if len(self.pads) == 1 else rows, columns, slots
+
+    def local_mask(
+        self, reach: int, in_chunks: bool, num_keys: int, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The additive mask of a layer that is given the last `num_keys` columns: `[rows, 1, length, num_keys]`.
+
+        Args:
+            reach: how many tokens a token sees, itself included.
+            in_chunks: whether it sees those of its chunk alone, of which each has `reach` tokens.
+        """
+        keys, new = self.tokens(self.length - num_keys, device)[:, None], self.tokens(0, device)[:, :, None]
+        near = keys // reach == new // reach if in_chunks else keys > new - reach
+        return additive_mask(((keys >= 0) & (keys <= new) & near)[:, None], dtype)
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
@@ -269,6 +300,9 @@ class Rotation:
     interleaved: bool
     tensor: str
 
+    def __deepcopy__(self, memo: dict) -> "Rotation":
+        return self  # it never changes
+
     def pairs(self, keys: torch.Tensor) -> torch.Tensor:
         """The dimensions of `keys`, `[..., head_dim]`, that rotate: a view, `[..., pairs, 2]`."""
         pairs = self.frequencies.numel()
@@ -293,6 +327,13 @@ class Rotation:
         pairs = self.pairs(keys)
         pairs.copy_(self.rotated(pairs.float(), each_row(distances)))
         return keys
+
+
+def distances(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """By how much the numbers of `[rows]` rise from `before` to `after`."""
+    rows = max(len(before), len(after))
+    before, after = (counts if len(counts) == rows else [*counts] * rows for counts in (before, after))
+    return [new - old for old, new in zip(before, after)]
 
 
 def each_row(distances: list[int]) -> torch.Tensor:
@@ -419,28 +460,12 @@ def keys_and_values(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
     return cached
 
 
-def default_mask(
-    kind: str,
-    model: PreTrainedModel,
-    cache: Cache,
-    attended: Optional[torch.Tensor],
-    plan: UpdatePlan,
-    states: torch.Tensor,
-) -> Any:
-    """The mask that transformers itself makes for layers of a kind.
-
-    Args:
-        kind: one of `layer_types`.
-        attended: whether a column is a token and no padding, bool `[batch, columns]`; None without padding.
-        states: `[batch, plan.length, 0]`, of the dtype and on the device that the mask is for.
-    """
-    make = transformers.masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-    arguments = inspect.signature(make).parameters
-    kwargs = {"input_embeds" if "input_embeds" in arguments else "inputs_embeds": states}  # renamed in 5.0
-    if "cache_position" in arguments:  # until 5.3
-        kwargs["cache_position"] = torch.arange(plan.start, plan.end, dtype=torch.long, device=states.device)
-    config = model.config.get_text_config(decoder=True)
-    return make(config=config, attention_mask=attended, **{CACHE: cache}, **kwargs)
+def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """What one of transformers' own layers keeps, by name: keys, values and recurrent states."""
+    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in ("conv_states", "recurrent_states"):
+        tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def set_columns(kwargs: dict[str, Any], start: int, end: int, device: torch.device) -> None:
@@ -464,9 +489,47 @@ def query_length(sizes: Union[torch.Tensor, int]) -> int:
     return sizes.shape[0] if isinstance(sizes, torch.Tensor) else sizes
 
 
+def num_keys_of(layer: Any, length: int) -> int:
+    """How many keys one of transformers' own layers returns for `length` new tokens."""
+    sizes = torch.arange(length, dtype=torch.long, device="cpu") if TELLS_COLUMNS else length
+    return layer.get_mask_sizes(sizes)[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers: the keys and values kept
 # ---------------------------------------------------------------------------------------------------------------------
+
+# An error or an interrupt may come at any line. The next call must then go on rightly, or be refused. So:
+#
+# - *What takes another's place is made first, then exchanged in one assignment*: other rows, another device.
+# - *What is written into slots is noted first.* The next call writes it again, which does no harm, or puts back what
+#   was there. `Undo` notes new tokens, `Lowered` keys on their way to lower positions, and `Ring.sinks` the sinks.
+# - *A count moves last where tokens come, and first where they go.* In between, a layer's `undo` ends at another column
+#   than the layer has `seen`. That tells `Stream.settle` what to take back.
+
+
+def shared(thing: Any) -> Any:
+    """An object that shares all of `thing`: what is set on it is not set on that."""
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(thing.__dict__)
+    return twin
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """How far the recent keys of a ring are lowered, and what is just being written of them.
+
+    Args:
+        offsets: `[rows]`, by how many positions all of them are lower than where the model put them.
+        target: `[rows]`, the offsets on the way to which they are; None if they are on no way.
+        layer: the layer of the ring that is being written then. Those before it are at the target.
+        rotating: what is being written, `[batch, kv_heads, recent, pairs, 2]`.
+    """
+
+    offsets: list[int]
+    target: Optional[list[int]] = None
+    layer: int = 0
+    rotating: Optional[torch.Tensor] = None
 
 
 class Ring:
@@ -477,18 +540,21 @@ class Ring:
         rotation: how these layers rotate their keys; None if they don't.
 
     Attributes:
-        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`.
+        num_layers: how many layers have slots here.
+        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`; None before the first token.
         sinks: float32 `[layers, batch, kv_heads, sinks, pairs, 2]`, what rotates of the sinks as the model made it. It
-            is valid from the time when the sinks in the slots are first moved.
+            is valid from the time when the sinks in the slots are first moved. None if nothing rotates.
         shifts: `[rows]`, by how many positions the sinks in the slots are moved; None while they are being moved.
+        lowered: by how many the recent keys are.
         rows, slots: int64 `[batch]`, where compiled code writes each row's token.
     """
 
     def __init__(self, window: Window, rotation: Optional[Rotation]):
         self.window, self.rotation = window, rotation
         self.num_layers = 0
-        self.keys = self.values = self.sinks = None
+        self.keys = self.values = self.sinks = self.rows = self.slots = None
         self.shifts: list[Optional[int]] = [0]
+        self.lowered = Lowered([0])
 
     @torch.inference_mode(False)
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -497,28 +563,26 @@ class Ring:
             states.new_zeros(self.num_layers, *states.shape[:2], self.window.length, states.shape[-1])
             for states in (key_states, value_states)
         )
-        self.set_buffers(keys, values)
+        sinks = None
         if self.rotation is not None:
-            shape = self._rotary_part(slice(0, self.window.num_sinks)).shape
-            self.sinks = torch.zeros(shape, dtype=torch.float32, device=keys.device)
+            of_sinks = self.rotation.pairs(self._rotating(keys, values)[:, :, :, : self.window.num_sinks])
+            sinks = torch.zeros(of_sinks.shape, dtype=torch.float32, device=keys.device)
+        self._exchange(keys, values, sinks)
 
-    def set_buffers(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep tokens in `keys` and `values` from now on."""
-        self.keys, self.values = keys, values
-        self.rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
-        self.slots = torch.zeros_like(self.rows)
-        mark_static(self.rows, self.slots)
+    def _exchange(self, keys: torch.Tensor, values: torch.Tensor, sinks: Optional[torch.Tensor], **others: Any) -> None:
+        """Keep tokens in these tensors from now on, all at once."""
+        rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
+        slots = torch.zeros_like(rows)
+        mark_static(rows, slots)
+        vars(self).update(keys=keys, values=values, sinks=sinks, rows=rows, slots=slots, **others)
 
-    @torch.inference_mode(False)
-    def to_like(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Move to the device and the dtype of keys and values like these."""
-        self.set_buffers(self.keys.to(key_states), self.values.to(value_states))
-        self.sinks = None if self.sinks is None else self.sinks.to(key_states.device)
+    def _rotating(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Which of the two rotates."""
+        return values if self.rotation.tensor == "values" else keys
 
     def _rotary_part(self, slots: slice) -> torch.Tensor:
         """What rotates in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
-        rotating = self.values if self.rotation.tensor == "values" else self.keys
-        return self.rotation.pairs(rotating[:, :, :, slots])
+        return self.rotation.pairs(self._rotating(self.keys, self.values)[:, :, :, slots])
 
     def place_sinks(self, shifts: list[int]) -> None:
         """Move each row's sinks to `shifts` positions from where the model put them, if they are not there."""
@@ -533,22 +597,57 @@ class Ring:
         in_slots.copy_(self.rotation.rotated(self.sinks, each_row(shifts)))
         self.shifts = shifts
 
-    def lower_positions(self, distances: list[int]) -> None:
-        """Lower the positions of the recent keys by `distances` of `[rows]`; the sinks follow at the next update."""
-        if self.rotation is not None and self.keys is not None:
-            back = each_row([-distance for distance in distances])
-            for recent in self._rotary_part(slice(self.window.num_sinks, None)):  # layer by layer, for less memory
-                recent.copy_(self.rotation.rotated(recent.float(), back))
+    def lower_positions(self, offsets: list[int]) -> None:
+        """Lower the positions of the recent keys to `offsets` (`[rows]`) below those that the model gave them.
+
+        The sinks follow when they are next placed. What an interrupt cut short before is finished first.
+        """
+        if self.lowered.target is not None:
+            self._lower_to(self.lowered.target)
+        if self.lowered.offsets != offsets:
+            self._lower_to(offsets)
 
     @torch.inference_mode(False)
-    def select_rows(self, indices: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `indices[i]` was."""
-        if self.keys is not None:
-            rows = indices.to(self.keys.device)
-            self.set_buffers(self.keys.index_select(1, rows), self.values.index_select(1, rows))
-            self.sinks = None if self.sinks is None else self.sinks.index_select(1, rows)
-        if len(self.shifts) > 1:
-            self.shifts = [self.shifts[row] for row in indices.tolist()]
+    def _lower_to(self, offsets: list[int]) -> None:
+        """Lower the recent keys layer by layer, for less memory, from the layer at which that was cut short on."""
+        back = [-distance for distance in distances(self.lowered.offsets, offsets)]
+        if self.rotation is not None and self.keys is not None and any(back):
+            recent = self._rotary_part(slice(self.window.num_sinks, None))
+            for layer in range(self.lowered.layer, self.num_layers):
+                if self.lowered.target is None or self.lowered.layer < layer:
+                    rotating = self.rotation.rotated(recent[layer].float(), each_row(back))
+                    self.lowered = replace(self.lowered, target=offsets, layer=layer, rotating=rotating)
+                recent[layer].copy_(self.lowered.rotating)
+        self.lowered = Lowered(offsets)
+
+    @torch.inference_mode(False)
+    def part(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> "Ring":
+        """A ring of its own for the layer at `index`, on the device and in the dtype of states like these."""
+        ring, part = shared(self), slice(index, index + 1)
+        sinks = None if self.sinks is None else self.sinks[part].to(key_states.device, copy=True)
+        keys, values = self.keys[part].to(key_states, copy=True), self.values[part].to(value_states, copy=True)
+        ring._exchange(keys, values, sinks, num_layers=1)
+        return ring
+
+    @torch.inference_mode(False)
+    def with_rows(self, indices: torch.Tensor) -> "Ring":
+        """A copy whose row `i` of the batch is row `indices[i]` here."""
+        ring, selected = shared(self), {}
+        for name in ("shifts", "lowered"):
+            counts = self.shifts if name == "shifts" else self.lowered.offsets
+            counts = counts if len(counts) == 1 else [counts[row] for row in indices.tolist()]
+            selected[name] = counts if name == "shifts" else Lowered(counts)
+        if self.keys is None:
+            vars(ring).update(selected)
+            return ring
+        rows = indices.to(self.keys.device)
+        tensors = (self.keys, self.values, self.sinks)
+        ring._exchange(*(None if tensor is None else tensor.index_select(1, rows) for tensor in tensors), **selected)
+        return ring
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that holds something of a token."""
+        return [tensor for tensor in (self.keys, self.values, self.sinks, self.lowered.rotating) if tensor is not None]
 
 
 def mark_static(*tensors: torch.Tensor) -> None:
@@ -566,48 +665,74 @@ def gather_slots(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Evicted:
+class Undo:
     """What a layer needs to take its latest tokens back: the tokens that they evicted.
 
     Args:
-        end: the column after the latest token.
+        end: the column after the latest token. It is another than the layer has seen while an update, or taking back,
+            is under way.
         columns: how many columns can be taken back.
         keys, values: `[batch, kv_heads, evicted, head_dim]`, the latest last. None if nothing of it is needed: what a
             single token evicts is not seen by the next one either.
+        offsets: `[rows]`, by how many positions these keys are lowered.
     """
 
     end: int
     columns: int
     keys: Optional[torch.Tensor] = None
     values: Optional[torch.Tensor] = None
+    offsets: tuple[int, ...] = (0,)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Evicted":
-        """The same with `function` of its keys and values."""
-        if self.keys is None:
-            return self
-        return replace(self, keys=function(self.keys), values=function(self.values))
+    def at(self, offsets: list[int], rotation: Optional[Rotation]) -> "Undo":
+        """The same with keys that are lowered to `offsets`."""
+        back = [-distance for distance in distances(self.offsets, offsets)]
+        states = {"keys": self.keys, "values": self.values}
+        if self.keys is not None and rotation is not None and any(back):
+            states[rotation.tensor] = rotation.rotate_(states[rotation.tensor].clone(), back)
+        return replace(self, **states, offsets=tuple(offsets))
+
+    def with_rows(self, indices: torch.Tensor) -> "Undo":
+        """The same of a batch whose row `i` is row `indices[i]` here."""
+        keys, values = (
+            None if states is None else states.index_select(0, indices.to(states.device))
+            for states in (self.keys, self.values)
+        )
+        offsets = self.offsets if len(self.offsets) == 1 else [self.offsets[row] for row in indices.tolist()]
+        return replace(self, keys=keys, values=values, offsets=tuple(offsets))
 
 
 class SinkLayer(CacheLayerMixin):
     """The sinks and the recent tokens of one attention layer, in a `Ring` shared with equal layers.
 
+    What follows the first attributes here is what a `Stream` asks of a layer of any kind.
+
     Attributes:
         keys, values: `[batch, kv_heads, window.length, head_dim]` by slots: views of the ring's.
         seen: the columns seen.
-        evicted: what can be taken back.
+        undo: what can be taken back.
         record_past: whether what is evicted is kept until `take_back`, over several updates too.
+        follows_plan: whether its updates are those of an `UpdatePlan`. They are else what transformers makes of them.
+        compiles: whether compiled code can write a token into it.
+        has_kind: whether models give it a mask of its own, for its kind of layer.
+        can_record: whether it can, told to, keep what is needed to take tokens back.
+        can_undo: whether it can take an update back, also one that was cut short.
+        counts_columns: whether it knows how many columns it has seen.
+        is_indexed: whether it has an index by which it chooses tokens.
+        shows_progress: whether `progress` tells of an update that was cut short.
     """
 
     is_sliding = False
     is_croppable = True  # what assisted decoding asks from 5.24 on
     keys = values = None
+    follows_plan = compiles = can_record = can_undo = counts_columns = shows_progress = True
+    has_kind = is_indexed = False
 
     def __init__(self, ring: Ring):
         super().__init__()
         self.ring, self.index = ring, ring.num_layers
         ring.num_layers += 1
         self.seen = 0
-        self.evicted = Evicted(end=0, columns=0)
+        self.undo = Undo(end=0, columns=0)
         self.record_past = False
         self.is_initialized = False
 
@@ -616,39 +741,32 @@ class SinkLayer(CacheLayerMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.refresh_views()  # a copied view would be none
+        if self.is_initialized:
+            self._use(self.ring, self.index)  # a copied view would be none
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, on their device."""
-        ring = self.ring
+        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, on their device.
+
+        The layers of a ring may come to lie on several devices, or to have several dtypes. A layer that does not fit to
+        the ring leaves it, with what is its own, and the others stay what they are.
+        """
+        ring, index = self.ring, self.index
         if ring.keys is None:
             ring.allocate(key_states, value_states)
-        elif not self._matches(ring, key_states, value_states):
-            if self.index > 0:  # layers that were on one device are on several now
-                ring = self.split_from_ring()
-            ring.to_like(key_states, value_states)
-        self.is_initialized = True
-        self.refresh_views()
+        elif not self._fits(ring.keys, ring.values, key_states, value_states):
+            ring, index = ring.part(index, key_states, value_states), 0
+        self._use(ring, index)
+
+    def _use(self, ring: Ring, index: int) -> None:
+        """Keep tokens in the slots at `index` of `ring` from now on."""
+        keys, values = ring.keys[index], ring.values[index]
+        mark_static(keys, values)
+        vars(self).update(ring=ring, index=index, keys=keys, values=values, is_initialized=True)
 
     @staticmethod
-    def _matches(held: "Union[Ring, SinkLayer]", key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether what is held has the device and dtypes of these states; not so after a call under autocast."""
-        keys, values = held.keys, held.values
+    def _fits(keys: torch.Tensor, values: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether buffers have the device and dtypes of these states; not so after a call under autocast."""
         return (keys.device, keys.dtype, values.dtype) == (key_states.device, key_states.dtype, value_states.dtype)
-
-    def refresh_views(self) -> None:
-        """Take the views of this layer's slots anew."""
-        if self.is_initialized:
-            self.keys, self.values = self.ring.keys[self.index], self.ring.values[self.index]
-            mark_static(self.keys, self.values)
-
-    def split_from_ring(self) -> Ring:
-        """Take this layer's part out of its ring, into a ring of its own."""
-        old, part = self.ring, slice(self.index, self.index + 1)
-        self.ring, self.index = Ring(old.window, old.rotation), 0
-        self.ring.keys, self.ring.values, self.ring.shifts = old.keys[part], old.values[part], old.shifts
-        self.ring.sinks = None if old.sinks is None else old.sinks[part]
-        return self.ring
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
@@ -659,12 +777,11 @@ class SinkLayer(CacheLayerMixin):
             Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`. For one token they are a view of the slots.
             For several they are the kept tokens and the new ones, behind the copies of the sinks if there are some.
         """
-        key_states, value_states = key_states.detach(), value_states.detach()  # slots outlive any autograd graph
-        if not self.is_initialized or not self._matches(self, key_states, value_states):
+        if self.keys is None or not self._fits(self.keys, self.values, key_states, value_states):
             SinkLayer.lazy_initialization(self, key_states, value_states)
         self.ring.place_sinks(plan.sink_shifts)
         if plan.length == 1:
-            self._write(key_states, value_states, plan, self._evicted_by_one(plan))
+            self._write(key_states, value_states, plan, self._undo_of_one(plan))
             return self.keys[:, :, : plan.num_keys], self.values[:, :, : plan.num_keys]
         if plan.sees_copies:
             slots = plan.recent_slots(key_states.device)
@@ -672,23 +789,20 @@ class SinkLayer(CacheLayerMixin):
         else:
             old_keys, old_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
         keys, values = [old_keys, key_states], [old_values, value_states]
-        evicted = Evicted(plan.end, plan.length)
+        evicted = None, None
         gone = plan.num_recent + plan.length - self.ring.window.recent
         if plan.sees_copies and gone > 0:  # of the old and the new tokens, the last `recent` stay
             new = slice(max(gone - plan.num_recent, 0))
-            evicted_keys, evicted_values = (
-                torch.cat([old[:, :, :gone], states[:, :, new]], dim=2) for old, states in (keys, values)
-            )
-            evicted = replace(evicted, keys=evicted_keys, values=evicted_values)
-        self._write(key_states, value_states, plan, self._recorded(evicted))
+            evicted = (torch.cat([old[:, :, :gone], states[:, :, new]], dim=2) for old, states in (keys, values))
+        self._write(key_states, value_states, plan, self._recorded(Undo(plan.end, plan.length, *evicted)))
         if plan.sees_copies and self.ring.window.num_sinks > 0:  # whose sinks may be among the new tokens
             key_copies, value_copies = self._sink_copies(plan)
             keys, values = [key_copies, *keys], [value_copies, *values]
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
-    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, evicted: Evicted) -> None:
-        """Put new tokens into their slots. Wherever this is cut short, `evicted` tells what was begun."""
-        self.evicted = evicted
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, undo: Undo) -> None:
+        """Put new tokens into their slots, with `undo` noted before and the columns counted after."""
+        self.undo = undo
         if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
             slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
@@ -719,60 +833,102 @@ class SinkLayer(CacheLayerMixin):
             rotating.copy_(rotation.rotated(rotating.float(), plan.copy_shifts[:, None, :, None]))
         return copies["keys"].flatten(2, 3), copies["values"].flatten(2, 3)
 
-    def _evicted_by_one(self, plan: UpdatePlan) -> Evicted:
-        """What one new token evicts; its key and value only if several such tokens may be taken back."""
-        evicted = Evicted(plan.end, 1)
+    def _undo_of_one(self, plan: UpdatePlan) -> Undo:
+        """What takes one new token back; with what it evicts only if several such tokens may be taken back."""
+        undo = Undo(plan.end, 1)
         if not self.record_past:
-            return evicted
+            return undo
         if plan.evicts:
             slots = self.ring.window.slots(plan.tokens(0, self.keys.device))
-            evicted = Evicted(plan.end, 1, gather_slots(self.keys, slots), gather_slots(self.values, slots))
-        return self._recorded(evicted)
+            undo = Undo(plan.end, 1, gather_slots(self.keys, slots), gather_slots(self.values, slots))
+        return self._recorded(undo)
 
-    def _recorded(self, evicted: Evicted) -> Evicted:
-        """`evicted`, behind what was evicted since the last `take_back`; at most as many tokens as are recent."""
-        before = self.evicted
-        if not self.record_past or before.columns == 0 or before.end != self.seen:
-            return evicted
-        columns = before.columns + evicted.columns
-        if before.keys is None or evicted.keys is None:
-            latest = evicted if before.keys is None else before
-            return replace(latest, end=evicted.end, columns=columns)
-        most = max(self.ring.window.recent, evicted.keys.shape[2])
-        keys, values = torch.cat([before.keys, evicted.keys], 2), torch.cat([before.values, evicted.values], 2)
-        return Evicted(evicted.end, min(columns, most), keys[:, :, -most:], values[:, :, -most:])
-
-    @property
-    def begun(self) -> int:
-        """The columns seen, and those of an update that was cut short."""
-        return max(self.seen, self.evicted.end)
+    def _recorded(self, undo: Undo) -> Undo:
+        """`undo`, behind what was evicted since the last `take_back`; at most as many tokens as are recent."""
+        ring = self.ring
+        undo, before = replace(undo, offsets=tuple(ring.lowered.offsets)), self.undo
+        if not self.record_past or before.columns == 0:
+            return undo
+        columns = before.columns + undo.columns
+        if before.keys is None or undo.keys is None:
+            latest = undo if before.keys is None else before
+            return replace(latest, end=undo.end, columns=columns)
+        most = max(ring.window.recent, undo.keys.shape[2])
+        before = before.at(ring.lowered.offsets, ring.rotation)
+        keys, values = torch.cat([before.keys, undo.keys], 2), torch.cat([before.values, undo.values], 2)
+        return replace(undo, columns=min(columns, most), keys=keys[:, :, -most:], values=values[:, :, -most:])
 
     def take_back(self, end: int, pads: list[int]) -> None:
         """Forget all columns from `end` on, also those that were not all written, and put back what they evicted.
 
         Args:
             end: the column after the last one that stays. While nothing was evicted it may be any; else at most
-                `evicted.columns` go.
+                `undo.columns` go.
             pads: `[rows]`, the columns of left padding.
         """
-        latest, keys, values = self.begun, self.evicted.keys, self.evicted.values
-        columns = latest - end
+        ring, undo = self.ring, self.undo
+        self.seen = end
+        columns = undo.end - end
+        keys, values, offsets = undo.keys, undo.values, undo.offsets
         if keys is not None:
-            window, number = self.ring.window, keys.shape[2]
+            window, number = ring.window, keys.shape[2]
             first = max(number - columns, 0)
             padding = torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
-            tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") + latest - window.recent - padding
+            tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") - padding
+            tokens += undo.end - window.recent
             rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
-            slots = window.slots(tokens[rows, places]).to(keys.device)
-            rows = slice(None) if len(pads) == 1 else rows.to(keys.device)
-            places = (places + first).to(keys.device)
-            self.keys[rows, :, slots] = keys[rows, :, places].to(self.keys)
-            self.values[rows, :, slots] = values[rows, :, places].to(self.values)
+            slots = window.slots(tokens[rows, places]).to(self.keys.device)
+            rows = slice(None) if len(pads) == 1 else rows.to(self.keys.device)
+            places = (places + first).to(self.keys.device)
+            back = undo.at(ring.lowered.offsets, ring.rotation)
+            self.keys[rows, :, slots] = back.keys.to(self.keys)[rows, :, places]
+            self.values[rows, :, slots] = back.values.to(self.values)[rows, :, places]
             keys, values = (keys[:, :, :first], values[:, :, :first]) if first > 0 else (None, None)
-        self.seen = end
         # While the past is recorded, what stays now is settled.
-        left = 0 if self.record_past else max(self.evicted.columns - columns, 0)
-        self.evicted = Evicted(end, left, keys, values) if left else Evicted(end, 0)
+        left = 0 if self.record_past else max(undo.columns - columns, 0)
+        self.undo = Undo(end, left, keys, values, offsets) if left else Undo(end, 0)
+
+    def lower_positions(self, offsets: list[int]) -> None:
+        """Lower the positions of the recent keys to `offsets` (`[rows]`) below those that the model gave them."""
+        self.ring.lower_positions(offsets)
+
+    def with_rows(self, indices: torch.Tensor, rings: dict[Ring, Ring]) -> "SinkLayer":
+        """A copy whose row `i` of the batch is row `indices[i]` here, in its ring among `rings`, of such rows."""
+        layer = shared(self)
+        layer.ring, layer.undo = rings[self.ring], self.undo.with_rows(indices)
+        if layer.is_initialized:
+            layer._use(layer.ring, layer.index)
+        return layer
+
+    def set_rotations(self, rotation: Optional[Rotation], index_rotation: Optional[Rotation]) -> None:
+        """Rotate by these from now on, the keys of an index by the second one."""
+        self.ring.rotation = rotation
+
+    def with_sinks(self) -> list["SinkLayer"]:
+        """What of this layer is a `SinkLayer`, in the order in which updates come."""
+        return [self]
+
+    def progress(self) -> set[int]:
+        """The columns after each part of the layer: more than one number if an update was cut short."""
+        return {self.seen, self.undo.end}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file has of this layer, by name."""
+        return {} if self.keys is None else {"keys": self.keys, "values": self.values}
+
+    def memory(self) -> list[torch.Tensor]:
+        """The tensors of which it consists, those of its ring, which it shares with others, among them."""
+        return [*self.ring.tensors(), *(states for states in (self.undo.keys, self.undo.values) if states is not None)]
+
+    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+        """Hold these `tensors` of `seen` columns, in a layer that is new.
+
+        Its sinks are where the model put them, and its recent keys lower by `offsets` (`[rows]`).
+        """
+        SinkLayer.lazy_initialization(self, tensors["keys"], tensors["values"])
+        self.keys.copy_(tensors["keys"])
+        self.values.copy_(tensors["values"])
+        self.seen, self.undo, self.ring.lowered = seen, Undo(seen, 0), Lowered(offsets)
 
     def get_seq_length(self) -> int:
         """The columns seen."""
@@ -797,6 +953,8 @@ class OrderedLayer(SinkLayer):
     It returns what is kept in order of the sequence, the sinks first and the new tokens last. So the model's bias over
     columns is one over places in the window. That takes a copy of the window for each update.
     """
+
+    compiles = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
@@ -837,6 +995,9 @@ class IndexedLayer(SinkLayer):
         index_ring: where the keys of the index are kept; it has no values.
     """
 
+    compiles = False
+    is_indexed = True
+
     def __init__(self, ring: Ring, index_ring: Ring):
         super().__init__(ring)
         self.indexer = SinkLayer(index_ring)
@@ -847,24 +1008,88 @@ class IndexedLayer(SinkLayer):
         Returns:
             `[batch, plan.num_keys, index_dim]`, in the order of the keys that `update` returns.
         """
-        keys = key_states.unsqueeze(1)
+        keys = key_states.detach().unsqueeze(1)
         return self.indexer.update(keys, keys[..., :0], plan)[0].squeeze(1)
 
     def take_back(self, end: int, pads: list[int]) -> None:
-        """Forget all columns from `end` on, in the index too."""
         super().take_back(end, pads)
         self.indexer.take_back(end, pads)
 
+    def lower_positions(self, offsets: list[int]) -> None:
+        super().lower_positions(offsets)
+        self.indexer.lower_positions(offsets)
 
-class StateAndSinkLayer(SinkLayer, StateLayer):
+    def with_rows(self, indices: torch.Tensor, rings: dict[Ring, Ring]) -> "IndexedLayer":
+        layer = super().with_rows(indices, rings)
+        layer.indexer = self.indexer.with_rows(indices, rings)
+        return layer
+
+    def set_rotations(self, rotation: Optional[Rotation], index_rotation: Optional[Rotation]) -> None:
+        self.ring.rotation, self.indexer.ring.rotation = rotation, index_rotation
+
+    def with_sinks(self) -> list[SinkLayer]:
+        return [self.indexer, self]
+
+    def progress(self) -> set[int]:
+        return super().progress() | self.indexer.progress()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        index = self.indexer.tensors()
+        return super().tensors() | ({"indexer_keys": index["keys"]} if index else {})
+
+    def memory(self) -> list[torch.Tensor]:
+        return super().memory() + self.indexer.memory()
+
+    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+        super().restore(tensors, seen, offsets)
+        keys = tensors["indexer_keys"]
+        self.indexer.restore({"keys": keys, "values": keys[..., :0]}, seen, offsets)
+
+
+class KeepsStates:
+    """What is the same for all layers that keep recurrent states, mixed into transformers' own classes of them."""
+
+    is_croppable = can_record = can_undo = compiles = shows_progress = False
+    has_kind = True
+
+    def _keep(self, kind: str, update: Callable, states: torch.Tensor, state_idx: int, kwargs: dict) -> torch.Tensor:
+        """Change a state by transformers' `update`. It is made outside of inference mode, and kept without a graph."""
+        kept = getattr(self, kind)
+        with torch.inference_mode(False) if kept[state_idx] is None else contextlib.nullcontext():
+            output = update(states, state_idx, **kwargs)
+        if kept[state_idx].requires_grad:
+            kept[state_idx] = kept[state_idx].detach()
+        return output
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        return self._keep("conv_states", super().update_conv_state, conv_states, state_idx, kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        return self._keep("recurrent_states", super().update_recurrent_state, recurrent_states, state_idx, kwargs)
+
+    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+        super().restore(tensors, seen, offsets)
+        for name, tensor in tensors.items():
+            kind, _, state_idx = name.partition(".")
+            if kind == "conv_states":
+                self.update_conv_state(tensor, int(state_idx))
+            elif kind == "recurrent_states":
+                self.update_recurrent_state(tensor, int(state_idx))
+
+    def with_rows(self, indices: torch.Tensor, rings: dict[Ring, Ring]) -> Any:
+        layer = super().with_rows(indices, rings)
+        layer.conv_states, layer.recurrent_states = dict(self.conv_states), dict(self.recurrent_states)
+        StateLayer.reorder_cache(layer, indices)
+        return layer
+
+
+class StateAndSinkLayer(KeepsStates, SinkLayer, StateLayer):
     """A layer with full attention and a recurrent state side by side (arXiv:2411.13676). It keeps both.
 
     Args:
         number_of_states: how many states it has.
         ring: of `SinkLayer`.
     """
-
-    is_croppable = False
 
     def __init__(self, number_of_states: int, ring: Ring):
         SinkLayer.__init__(self, ring)
@@ -874,57 +1099,149 @@ class StateAndSinkLayer(SinkLayer, StateLayer):
         """Allocate for a state; `SinkLayer.update` sees to the keys and values."""
         StateLayer.lazy_initialization(self, **kwargs)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return layer_tensors(self)
 
-def has_sinks_only(layer: Any) -> bool:
-    """Whether a layer has sinks and a window, and no state beside them."""
-    return isinstance(layer, SinkLayer) and not isinstance(layer, StateLayer)
-
-
-def can_record(layer: Any) -> bool:
-    """Whether a layer, told to record, can take tokens back after they evicted others."""
-    return hasattr(layer, "record_past") and not isinstance(layer, StateLayer)
+    def memory(self) -> list[torch.Tensor]:
+        return super().memory() + [tensor for name, tensor in layer_tensors(self).items() if "states" in name]
 
 
-def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """All that a layer holds, by name."""
-    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
-    if isinstance(layer, IndexedLayer):
-        tensors["indexer_keys"] = layer.indexer.keys
-    for name in ("conv_states", "recurrent_states"):
-        tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+class UntouchedLayer:
+    """What a `Stream` asks of a layer, for those that transformers keeps: they slide, keep a state, or hold no text.
+
+    It is mixed into the class of such a layer: see `untouched`.
+
+    Attributes:
+        own: that class.
+        rotation: how it rotates its keys; None if it does not.
+        offsets: `[rows]`, by how many positions its keys are lower than where the model put them.
+        seen, begun: the columns seen, and those after the update that was last begun.
+        holds_text: whether it caches something of a text. If not, it is for what comes beside it, as images.
+    """
+
+    follows_plan = compiles = is_indexed = False
+    shows_progress = True
+    _layer_type = None  # transformers would take the class for a kind of layers of its own
+
+    def keep(self, rotation: Optional[Rotation], holds_text: bool, has_kind: bool) -> None:
+        """Begin with these attributes, and nothing seen."""
+        self.rotation, self.holds_text, self.has_kind = rotation, holds_text, has_kind
+        self.seen = self.begun = 0
+        self.offsets = [0]
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether it can take an update back that was cut short: there is nothing to take back then."""
+        return not self.holds_text
+
+    @property
+    def can_record(self) -> bool:
+        """Whether it can, told to, keep what is needed to take tokens back."""
+        return not self.holds_text or hasattr(self, "record_past")
+
+    @property
+    def counts_columns(self) -> bool:
+        """Whether it knows how many columns it has seen."""
+        return hasattr(self.own, "get_seq_length")
+
+    def __reduce__(self) -> tuple:
+        return _new_untouched, (self.own,), vars(self)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ever; it keeps no graph, and tells whether it was cut short."""
+        if not self.holds_text:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.is_initialized and (self.keys.device, self.keys.dtype) != (key_states.device, key_states.dtype):
+            keys, values = self.keys.to(key_states), self.values.to(value_states)
+            vars(self).update(keys=keys, values=values, device=key_states.device)
+        self.begun = self.seen + key_states.shape[2]
+        output = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        self.seen = self.begun
+        return output
+
+    def take_back(self, end: int, pads: list[int]) -> None:
+        """Forget all columns from `end` on, by transformers' own rules."""
+        if self.holds_text:
+            self.begun, removed = -1, end - self.seen
+            self.crop(removed)
+            self.seen = end
+            self.begun = end
+
+    def lower_positions(self, offsets: list[int]) -> None:
+        """Lower the positions of its keys to `offsets` (`[rows]`) below those that the model gave them."""
+        changed = {"offsets": offsets}
+        back = [-distance for distance in distances(self.offsets, offsets)]
+        if self.rotation is not None and any(back) and self._has_keys:
+            rotating = getattr(self, self.rotation.tensor).clone()
+            changed[self.rotation.tensor] = self.rotation.rotate_(rotating, back)
+        vars(self).update(changed)
+
+    def with_rows(self, indices: torch.Tensor, rings: dict[Ring, Ring]) -> "UntouchedLayer":
+        """A copy whose row `i` of the batch is row `indices[i]` here."""
+        layer = shared(self)
+        layer.offsets = self.offsets if len(self.offsets) == 1 else [self.offsets[row] for row in indices.tolist()]
+        if self._has_keys:
+            layer.keys, layer.values = (
+                states.index_select(0, indices.to(states.device)) for states in (self.keys, self.values)
+            )
+        return layer
+
+    def set_rotations(self, rotation: Optional[Rotation], index_rotation: Optional[Rotation]) -> None:
+        """Rotate by the first of these from now on."""
+        self.rotation = rotation
+
+    def with_sinks(self) -> list[SinkLayer]:
+        """What of this layer is a `SinkLayer`: nothing."""
+        return []
+
+    def progress(self) -> set[int]:
+        """The columns after each part of the layer: more than one number if it was cut short; none if it has none."""
+        return {self.seen, self.begun} if self.holds_text and self.counts_columns else set()
+
+    @property
+    def _has_keys(self) -> bool:
+        return getattr(self, "keys", None) is not None and self.keys.numel() > 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file has of this layer, by name."""
+        return layer_tensors(self)
+
+    def memory(self) -> list[torch.Tensor]:
+        """The tensors of which it consists."""
+        return list(layer_tensors(self).values())
+
+    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+        """Hold these `tensors` of `seen` columns, with keys lower by `offsets` (`[rows]`), in a layer that is new."""
+        self.offsets = offsets
+        if "keys" in tensors:
+            self.own.update(self, tensors["keys"], tensors["values"])
+            self.cumulative_length = self.seen = self.begun = seen
 
 
-def own_tensors(layer: Any) -> list[torch.Tensor]:
-    """The tensors of which a layer consists. Those of a `SinkLayer` are its ring's, which it shares with others."""
-    if not isinstance(layer, SinkLayer):
-        return list(layer_tensors(layer).values())
-    ring, evicted = layer.ring, layer.evicted
-    tensors = [ring.keys, ring.values, ring.sinks, evicted.keys, evicted.values]
-    tensors += own_tensors(layer.indexer) if isinstance(layer, IndexedLayer) else []
-    tensors += [tensor for name, tensor in layer_tensors(layer).items() if "states" in name]
-    return [tensor for tensor in tensors if tensor is not None]
+class UntouchedStates(KeepsStates, UntouchedLayer):
+    """The same for a layer that keeps a state, and slides beside that perhaps."""
 
 
-def restore_layer(layer: Any, tensors: dict[str, torch.Tensor], seen: int) -> None:
-    """Have a new layer hold these `layer_tensors` of `seen` columns."""
-    if isinstance(layer, SinkLayer):
-        SinkLayer.lazy_initialization(layer, tensors["keys"], tensors["values"])
-        layer.keys.copy_(tensors["keys"])
-        layer.values.copy_(tensors["values"])
-        layer.seen = seen
-        if isinstance(layer, IndexedLayer):
-            keys = tensors["indexer_keys"]
-            restore_layer(layer.indexer, {"keys": keys, "values": keys[..., :0]}, seen)
-    elif "keys" in tensors:
-        layer.update(tensors["keys"], tensors["values"])
-        layer.cumulative_length = seen
-    for name, tensor in tensors.items():
-        kind, _, state_idx = name.partition(".")
-        if kind == "conv_states":
-            layer.update_conv_state(tensor, int(state_idx))
-        elif kind == "recurrent_states":
-            layer.update_recurrent_state(tensor, int(state_idx))
+@functools.cache
+def _untouched_class(own: type) -> type:
+    """The class of transformers' layers of the class `own` in a stream."""
+    mixed_in = UntouchedStates if issubclass(own, StateLayer) else UntouchedLayer
+    return type(own.__name__, (mixed_in, own), {"own": own})
+
+
+def _new_untouched(own: type) -> UntouchedLayer:
+    """A layer of that class without attributes, for copies."""
+    return object.__new__(_untouched_class(own))
+
+
+def untouched(layer: Any, rotation: Optional[Rotation], holds_text: bool, has_kind: bool) -> UntouchedLayer:
+    """`layer`, which transformers just made, as one of a stream."""
+    kept = _new_untouched(type(layer))
+    kept.__dict__.update(layer.__dict__)
+    kept.keep(rotation, holds_text, has_kind)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -968,6 +1285,9 @@ class ModelTraits:
     ordered: bool
     counts_places: bool
     balances_experts: bool
+
+    def __deepcopy__(self, memo: dict) -> "ModelTraits":
+        return self  # they never change
 
 
 # With how many columns it is tried whether a model goes by them, at first.
@@ -1222,13 +1542,6 @@ def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -
 # Runs of a few tokens
 
 
-def shared(module: torch.nn.Module) -> Any:
-    """An object that shares all of `module`: what is set on it is not set on the module."""
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
-    return stand_in
-
-
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether the user compiled the model, or parts of it, as its layers."""
     return any(uncompiled_code(module) or hasattr(module, "_orig_mod") for module in model.modules())
@@ -1461,9 +1774,9 @@ def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
     states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
     noise = max(1e-4, 4 * rounding)
     return all(
-        float((tensor.float() - there[name].float()).norm()) <= noise * float(tensor.float().norm())
-        for here, there in zip(map(layer_tensors, whole.layers[: states[:2][-1] + 1]), map(layer_tensors, parts.layers))
-        for name, tensor in here.items()
+        float((kept.float() - other.float()).norm()) <= noise * float(kept.float().norm())
+        for here, there in zip(whole.layers[: states[:2][-1] + 1], parts.layers)
+        for kept, other in zip(layer_tensors(here).values(), layer_tensors(there).values())
     )
 
 
@@ -1687,16 +2000,15 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
     for layer, rotation, index_rotation, layout in itertools.zip_longest(
         own[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
     ):
-        ring = ring_of(rotation, layout)
-        # A layer that caches nothing of text is for what comes beside it, as images.
-        if type(layer).__name__ in UNTOUCHED_LAYERS or (layer is not None and not layout):
-            layers.append(layer)
-        elif isinstance(layer, StateLayer):
-            layers.append(StateAndSinkLayer(layer.number_of_states, ring))
+        has_state, stays = isinstance(layer, StateLayer), type(layer).__name__ in UNTOUCHED_LAYERS
+        if stays or (layer is not None and not layout):
+            layers.append(untouched(layer, rotation, holds_text=bool(layout) or has_state, has_kind=stays))
+        elif has_state:
+            layers.append(StateAndSinkLayer(layer.number_of_states, ring_of(rotation, layout)))
         elif len(layout) > 2:
-            layers.append(IndexedLayer(ring, ring_of(index_rotation, layout[2:])))
+            layers.append(IndexedLayer(ring_of(rotation, layout), ring_of(index_rotation, layout[2:])))
         else:
-            layers.append(OrderedLayer(ring) if traits.ordered else SinkLayer(ring))
+            layers.append((OrderedLayer if traits.ordered else SinkLayer)(ring_of(rotation, layout)))
     return layers
 
 
@@ -1923,10 +2235,14 @@ def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]
     return next((name for name in names if resolve_setting(model, kwargs, name)), None)
 
 
-def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwargs: dict[str, Any], name: str) -> None:
+def refuse_assistance(
+    model: PreTrainedModel, window: Window, layers: list, ordered: bool, kwargs: dict[str, Any], name: str
+) -> None:
     """Raise where the drafts that `name` asks for can't be checked, or taken back, as exactly as one token at a time.
 
-    `layers` are those that a cache has for the model.
+    Args:
+        layers: those that a cache has for the model.
+        ordered: of its traits.
     """
     if name == "use_mtp" or resolve_setting(model, kwargs, "speculation_type") == "dflash":
         raise ValueError(
@@ -1948,7 +2264,7 @@ def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwar
             f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
             "transformers has it append tokens. Leave one of them out."
         )
-    if any(isinstance(layer, OrderedLayer) for layer in layers):
+    if ordered:
         raise ValueError(
             f"`{name}` checks several tokens at once, which this model ({type(model).__name__}) can't do exactly past "
             "the window: it knows the order of tokens by the columns of its cache, and those are others for each of "
@@ -1959,7 +2275,7 @@ def refuse_assistance(model: PreTrainedModel, window: Window, layers: list, kwar
             f"`{name}` checks several tokens at once, which needs a mask that this model's `attn_implementation`, "
             'flash attention, does not take. Load the model with "sdpa", or leave it out.'
         )
-    if not all(map(can_record, layers)):
+    if not all(layer.can_record for layer in layers):
         raise ValueError(
             f"`{name}` asks for a decoding mode that takes tokens back, which some layers of `model` "
             f"({type(model).__name__}) can't with transformers {transformers.__version__}: they slide or keep a state. "
@@ -2172,13 +2488,41 @@ class Transcript:
         if self.ids is not None:
             self.ids = self.ids[:, -number:].clone()
 
-    def select_rows(self, indices: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `indices[i]` was."""
-        if self.ids is not None:
-            self.ids = self.ids.index_select(0, indices.to(self.ids.device))
+    def with_rows(self, indices: torch.Tensor) -> "Transcript":
+        """That of a batch whose row `i` is row `indices[i]` here."""
+        ids = None if self.ids is None else self.ids.index_select(0, indices.to(self.ids.device))
+        return Transcript(ids, self.end)
 
 
 MOST_IN_A_CHUNK = 256  # tokens, by default
+
+
+class CompiledSteps:
+    """Single tokens that go in by compiled code, one after another: what such a step is given.
+
+    Attributes:
+        mask: additive, `[rows, 1, 1, window.length]`, which hides the slots that are not filled yet. It is given also
+            when all are filled: without a mask, the code would be another. None before the first step.
+    """
+
+    def __init__(self):
+        self.mask: Optional[torch.Tensor] = None
+
+    @torch.inference_mode(False)
+    def prepare(self, plan: UpdatePlan, layers: list[SinkLayer], dtype: torch.dtype, device: torch.device) -> None:
+        """Place the sinks, set the slot indices, note what will be written, and fill in the mask."""
+        for ring in dict.fromkeys(layer.ring for layer in layers):
+            ring.place_sinks(plan.sink_shifts)
+            ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
+        undo = Undo(plan.end, 1)
+        for layer in layers:
+            layer.undo = undo
+        if self.mask is None:
+            seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
+            filled = torch.arange(plan.window.length, dtype=torch.long, device=device) <= seen
+            self.mask = additive_mask(filled[:, None, None], dtype)
+        elif min(plan.seen) < plan.window.length:
+            self.mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
 
 
 class Stream:
@@ -2191,26 +2535,28 @@ class Stream:
         ceiling: positions given to the model stay below it.
 
     Attributes:
-        layers: one for each layer of the model. Those that are no `SinkLayer` are transformers' own.
+        layers: one for each layer of the model.
+        sink_layers: what of these is a `SinkLayer`.
         pads: `[rows]`, the columns of left padding.
         padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
-        offsets: `[rows]`, by how much positions are lower than the counts of tokens.
-        has_evicted: whether tokens were evicted, since when only what a layer kept of them can be put back.
+        offsets: `[rows]`, by how much positions are lower than the counts of tokens. Keys follow before they are next
+            used: see `follow_offsets`.
         transcript: the latest ids.
-        in_compiled_step: whether compiled code writes the next token.
+        plan: the latest update; None where nothing of it matters any more.
+        compiled: what steps of compiled code are given; None where the next update is none.
     """
 
     def __init__(self, window: Window, traits: ModelTraits, new_layers: list, ceiling: int):
         self.window, self.traits, self.new_layers, self.ceiling = window, traits, new_layers, ceiling
-        self.layers = copy.deepcopy(new_layers)
+        self._set_layers(copy.deepcopy(new_layers))
         self.pads, self.padding_known, self.offsets = [0], False, [0]
-        self.has_evicted = False
         self.transcript = Transcript()
-        self.in_compiled_step = False
-        self._slots_mask: Optional[torch.Tensor] = None  # of compiled steps
-        self._plan: Optional[UpdatePlan] = None
-        self._prepared = False  # whether the model was given positions and a mask for that plan
-        self._at_work = False  # whether it may still be at work on that
+        self.plan: Optional[UpdatePlan] = None
+        self.compiled: Optional[CompiledSteps] = None
+
+    def _set_layers(self, layers: list) -> None:
+        """Have these `layers`."""
+        vars(self).update(layers=layers, sink_layers=[sinks for layer in layers for sinks in layer.with_sinks()])
 
     def renewed(self) -> "Stream":
         """The same before its first token."""
@@ -2218,73 +2564,58 @@ class Stream:
 
     def rebind(self, traits: ModelTraits, new_layers: list, ceiling: int) -> None:
         """Go on with what was read of the model anew."""
-        self.traits, self.new_layers, self.ceiling = traits, new_layers, ceiling
         for layer, rotation, index_rotation in zip(self.layers, traits.rotations, traits.index_rotations):
-            if isinstance(layer, SinkLayer):
-                layer.ring.rotation = rotation
-            if isinstance(layer, IndexedLayer):
-                layer.indexer.ring.rotation = index_rotation
-
-    @functools.cached_property
-    def sink_layers(self) -> list[SinkLayer]:
-        """The layers that have sinks and a window, and those of their indices before them."""
-        layers = []
-        for layer in self.layers:
-            layers += [layer.indexer] if isinstance(layer, IndexedLayer) else []
-            layers += [layer] if isinstance(layer, SinkLayer) else []
-        return layers
+            layer.set_rotations(rotation, index_rotation)
+        vars(self).update(traits=traits, new_layers=new_layers, ceiling=ceiling)
 
     @property
     def rings(self) -> list[Ring]:
-        """What these keep their tokens in."""
+        """What the sink layers keep their tokens in."""
         return list(dict.fromkeys(layer.ring for layer in self.sink_layers))
 
     @property
-    def has_sinks_only(self) -> bool:
-        """Whether no layer slides, or keeps a state, by itself."""
-        return all(map(has_sinks_only, self.layers))
+    def can_undo(self) -> bool:
+        """Whether every layer can take an update back, also one that was cut short."""
+        return all(layer.can_undo for layer in self.layers)
 
     @property
     def seen(self) -> int:
-        """The columns seen."""
-        return self._seen_by(0)
-
-    def _seen_by(self, layer_idx: int) -> int:
-        """The columns that a layer has seen."""
-        return self._counting_layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
+        """The columns that all layers have seen."""
+        return min(layer.seen for layer in self.sink_layers)
 
     def seq_length(self, layer_idx: int) -> int:
         """The columns that a layer has seen; or what a model is told while it is at work, `UpdatePlan.place`."""
-        seen, plan = self._seen_by(layer_idx), self._plan
-        if not self._counts_places or not isinstance(self._counting_layer(layer_idx), SinkLayer):
-            return seen
-        return plan.place if self.sink_layers[-1].seen == plan.start else seen
+        if layer_idx >= len(self.layers):
+            return 0
+        layer = self._counting_layer(layer_idx)
+        if layer.follows_plan and self._counts_places and self.sink_layers[-1].seen == self.plan.start:
+            return self.plan.place
+        # Without an index it is a user who asks, perhaps after an update that only some of the layers made.
+        return self.seen if layer_idx == 0 else layer.get_seq_length()
 
-    @functools.cached_property
+    @property
     def is_indexed(self) -> bool:
         """Whether some layers choose their tokens by an index."""
-        return any(isinstance(layer, IndexedLayer) for layer in self.sink_layers)
+        return any(layer.is_indexed for layer in self.layers)
 
     @property
     def _counts_places(self) -> bool:
         """Whether the model was prepared for an update in which it is told places, and not columns."""
-        return self._at_work and self._plan is not None and self.traits.counts_places
+        return self.plan is not None and self.plan.is_prepared and self.traits.counts_places
 
     def _counting_layer(self, layer_idx: int) -> Any:
         """The layer `layer_idx`, or the first that counts columns if this one does not."""
         layer = self.layers[layer_idx]
-        if isinstance(layer, CacheLayerMixin):
-            return layer
-        return next(layer for layer in self.layers if isinstance(layer, CacheLayerMixin))
+        return layer if layer.counts_columns else next(other for other in self.layers if other.counts_columns)
 
     def mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int) -> tuple[int, int]:
         """See `SinkCache.get_mask_sizes`."""
         layer = self._counting_layer(layer_idx)
-        if not isinstance(layer, SinkLayer):
+        if not layer.follows_plan:
             return layer.get_mask_sizes(sizes)
         plan = self.plan_update(layer.seen, query_length(sizes))
         # A model that goes by columns would fail on columns of two numbers, before it asks for keys.
-        if self.traits.ordered and not self._prepared:
+        if self.traits.ordered:
             self._refuse_unprepared(plan, self.batch_size)
         end = plan.place + plan.length if self._counts_places else plan.end
         return plan.num_keys, end - plan.num_keys
@@ -2292,12 +2623,12 @@ class Stream:
     @property
     def keys(self) -> list[Optional[torch.Tensor]]:
         """`[batch, kv_heads, window.length, head_dim]` of each sink layer, by slots; and what the others have."""
-        return [getattr(layer, "keys", None) for layer in self.layers]
+        return [layer.tensors().get("keys") for layer in self.layers]
 
     @property
     def values(self) -> list[Optional[torch.Tensor]]:
         """The same of values."""
-        return [getattr(layer, "values", None) for layer in self.layers]
+        return [layer.tensors().get("values") for layer in self.layers]
 
     @property
     def batch_size(self) -> int:
@@ -2306,22 +2637,27 @@ class Stream:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that hold something of a token."""
-        return list({id(tensor): tensor for layer in self.layers for tensor in own_tensors(layer)}.values())
+        return list({id(tensor): tensor for layer in self.layers for tensor in layer.memory()}.values())
 
     @torch.inference_mode(False)
     def copied(self, on_cpu: bool = False) -> "Stream":
         """A copy of its own memory, without a transcript: where the model's layers are, or on the CPU."""
-        copied = self.renewed()
-        copied.pads, copied.padding_known, copied.offsets = self.pads, self.padding_known, self.offsets
-        copied.has_evicted = self.has_evicted
-        # What deepcopy finds here it takes instead of a copy of its own.
-        memo: dict[int, Any] = {id(rotation): rotation for rotation in self.traits.rotations}
+        memo: dict[int, Any] = {}  # what deepcopy finds here it takes instead of a copy of its own
         for layer, layout in zip(self.layers, self.traits.layouts):
             device = torch.device("cpu") if on_cpu or not layout else layout[0][-1]
-            for tensor in own_tensors(layer):
+            for tensor in layer.memory():
                 if id(tensor) not in memo:
                     memo[id(tensor)] = tensor.detach().to(device, copy=True)
-        copied.layers = copy.deepcopy(self.layers, memo)
+        copied = copy.deepcopy(self, memo)
+        copied.transcript, copied.plan, copied.compiled = Transcript(), None, None
+        return copied
+
+    def __deepcopy__(self, memo: dict) -> "Stream":
+        for tensor in self.tensors():  # a tensor with a graph has no copy of its own accord
+            memo.setdefault(id(tensor), tensor.detach().clone())
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.leave()  # no model is at work on it
         return copied
 
     # What the model is given for an update
@@ -2329,7 +2665,7 @@ class Stream:
     def begin(self, batch_size: int, pads: list[int]) -> None:
         """Take over the padding of a batch before its first token; raise if later ones are of another batch."""
         if self.seen == 0:
-            self.pads, self.offsets, self._plan = pads, [0] * len(pads), None
+            vars(self).update(pads=pads, offsets=[0] * len(pads), plan=None)
         elif self.batch_size != batch_size:
             raise ValueError(
                 f"`{CACHE}` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
@@ -2344,10 +2680,9 @@ class Stream:
 
     def plan_update(self, start: int, length: int) -> UpdatePlan:
         """The plan of `length` new columns after `start`. The first layer that asks makes it, for all of them."""
-        if self._plan is None or (self._plan.start, self._plan.length) != (start, length):
-            self._plan = UpdatePlan(self.window, start, length, self.pads, self.offsets)
-            self._prepared = self._at_work = False
-        return self._plan
+        if self.plan is None or (self.plan.start, self.plan.length) != (start, length):
+            self.plan = UpdatePlan(self.window, start, length, self.pads, self.offsets)
+        return self.plan
 
     def most_at_once(self, start: int) -> int:
         """How many columns after `start` one forward pass can take."""
@@ -2378,11 +2713,12 @@ class Stream:
         several = takes_masks and continues and not ordered
         evicting = min(chunk_size or default, self.most_at_once(start + length)) if several else 1
         fits = window.length - max(max(start - pad, 0) for pad in self.pads)
-        sizes = []
-        while sum(sizes) < length:
-            free = fits - sum(sizes) if continues or start + sum(sizes) == 0 else 0
+        sizes, end = [], 0
+        while end < length:
+            free = fits - end if continues or start + end == 0 else 0
             size = min(free, chunk_size or free) if free > 0 else evicting
-            sizes.append(min(size, length - sum(sizes)))
+            sizes.append(min(size, length - end))
+            end += sizes[-1]
         least_last = max(least_last, min(together, evicting))
         while sizes[-1] < least_last and len(sizes) > 1:
             last = sizes.pop()
@@ -2418,43 +2754,54 @@ class Stream:
                 "and a stream moves its sinks by as many as there are tokens. Pass a prompt of text."
             )
 
-    def inputs_for_step(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Fit the model's inputs for one update: positions that stay bounded, and a mask over the kept keys."""
+    def inputs_for_step(
+        self, model: PreTrainedModel, inputs: dict[str, Any], caller: Caller, compiled: bool = False
+    ) -> dict[str, Any]:
+        """Fit the model's inputs for one update: positions that stay bounded, and a mask over the kept keys.
+
+        Args:
+            compiled: whether compiled code will make it, of a single token.
+        """
         tokens = new_tokens(inputs)
+        self.compiled = (self.compiled or CompiledSteps()) if compiled else None
         self.lower_positions_if_needed(tokens.shape[1])
+        self.follow_offsets()
         plan = self.plan_update(self.seen, tokens.shape[1])
         if self.traits.ordered:
-            return self._inputs_in_order(inputs, plan, tokens)
-        self._prepared = self._at_work = True
+            return self._inputs_in_order(inputs, plan, tokens, caller)
+        plan.caller = caller
         positions = inputs.get("position_ids")
         if positions is None:
             positions = self.natural_positions(plan.length).clamp(min=0).to(tokens.device)
         if any(self.offsets):
             positions = positions - torch.tensor(self.offsets, dtype=torch.long, device=positions.device)[:, None]
-        if self.in_compiled_step:
+        if compiled:
             # Strides that depend on how many tokens there were would have the code compiled again.
             positions = positions.clone(memory_format=torch.contiguous_format)
-            inputs["attention_mask"] = self.prepare_compiled_step(plan, tokens.device)
+            self.compiled.prepare(plan, self.sink_layers, self.traits.mask_dtype, tokens.device)
+            inputs["attention_mask"] = self.compiled.mask
         elif any(self.pads) or plan.evicts or self.is_indexed:
-            inputs["attention_mask"] = self._masks(model, inputs[self.traits.cache_name], plan, tokens)
+            inputs["attention_mask"] = self._masks(model, plan, tokens)
         if inputs.get("output_router_logits", self.traits.balances_experts):
             inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
         if TELLS_COLUMNS and self._counts_places:
             set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
         return inputs | {"position_ids": positions}
 
-    def _inputs_in_order(self, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor) -> dict[str, Any]:
+    def _inputs_in_order(
+        self, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor, caller: Caller
+    ) -> dict[str, Any]:
         """The same for a model that goes by the columns of its cache: no positions, and a mask of padding in these."""
         if plan.sees_copies:
             raise ValueError(
                 f"These {plan.length} tokens evict some, and the model knows the order of tokens by the columns of its "
                 "cache, which are others for each of them. Pass one token at a time."
             )
-        self._prepared = self._at_work = True
+        plan.caller = caller
         inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
         return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
 
-    def _masks(self, model: PreTrainedModel, cache: Cache, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
+    def _masks(self, model: PreTrainedModel, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
         """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
 
         None where each token sees all old keys and, causally, the new ones. An index gets one there too: until 5.16
@@ -2469,36 +2816,43 @@ class Stream:
                 "`attn_implementation`, flash attention, does not take. Pass one token at a time, or load the model "
                 'with "sdpa".'
             )
-        padded, mask = any(self.pads), None
-        # A layer that is neither, and no sink layer, is for what comes beside text: such models take no masks by kind.
-        several = any(
-            type(layer).__name__ in UNTOUCHED_LAYERS or isinstance(layer, StateLayer) for layer in self.layers
-        )
+        mask = None
         one_count = not COUNTS_BY_LAYER and self._counts_places and plan.place != plan.start
-        by_kind = several and (padded or plan.sees_copies or one_count or self.is_indexed)
+        by_kind = any(layer.has_kind for layer in self.layers) and (
+            any(self.pads) or plan.sees_copies or one_count or self.is_indexed
+        )
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
         if plan.needs_mask or self.is_indexed or (leaves_it and takes_masks(model)):
             mask = plan.mask(self.traits.mask_dtype, tokens.device)
         if not by_kind:
             return mask
-        attended = None
-        if padded:
-            columns = torch.arange(plan.end, dtype=torch.long, device=tokens.device)
-            attended = columns >= torch.tensor(self.pads, dtype=torch.long, device=tokens.device)[:, None]
-            attended = attended.expand(len(tokens), -1)
         # A state's mask is one of padding. transformers leaves it out where a token comes alone, padding or not.
-        of_states = attended[:, -plan.length :] if plan.start < max(self.pads) else None
-        states = torch.empty(len(tokens), plan.length, 0, dtype=self.traits.mask_dtype, device=tokens.device)
-        kinds = {"sliding_attention", "chunked_attention"}.intersection(layer_kinds(model.config))
-        return {
-            "full_attention": mask,
-            "hybrid": mask,
-            **{kind: mask for kind, layer in zip(layer_kinds(model.config), self.layers) if has_sinks_only(layer)},
-            "linear_attention": of_states,
-            "conv": of_states,
-            **{kind: default_mask(kind, model, cache, attended, plan, states) for kind in kinds},
-        }
+        of_states = None
+        if plan.start < max(self.pads):
+            of_states = (plan.tokens(0, tokens.device) >= 0).expand(len(tokens), -1)
+        masks = {"full_attention": mask, "hybrid": mask, "linear_attention": of_states, "conv": of_states}
+        for kind, layer in zip(layer_kinds(model.config), self.layers):
+            if kind not in masks and layer.follows_plan:
+                masks[kind] = mask
+            elif kind not in masks and kind in ("sliding_attention", "chunked_attention"):
+                masks[kind] = self._local_mask(model, kind, layer, plan, tokens)
+        return masks
+
+    def _local_mask(
+        self, model: PreTrainedModel, kind: str, layer: UntouchedLayer, plan: UpdatePlan, tokens: torch.Tensor
+    ) -> Optional[torch.Tensor]:
+        """The mask of a `layer` of transformers' own, of a `kind` that slides or attends by chunks.
+
+        None where a new token sees all keys. However many columns were seen, it takes as long.
+        """
+        num_keys, in_chunks = num_keys_of(layer, plan.length), kind == "chunked_attention"
+        padded = plan.end - num_keys < max(self.pads)
+        if not takes_masks(model):  # flash attention slides by itself, and takes a mask of padding
+            return (plan.tokens(plan.length - num_keys, tokens.device) >= 0).expand(len(tokens), -1) if padded else None
+        if plan.length == 1 and not padded and not in_chunks:
+            return None
+        return plan.local_mask(layer.sliding_window, in_chunks, num_keys, self.traits.mask_dtype, tokens.device)
 
     def lower_positions_if_needed(self, length: int) -> None:
         """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
@@ -2507,25 +2861,18 @@ class Stream:
         the window. Keys may lie at negative positions: the model is given those of the new tokens only.
         """
         plan = self.plan_update(self.seen, length)
-        distances = [
+        lower_by = [
             seen - offset if seen > self.window.num_sinks and seen - offset + new > self.ceiling else 0
             for seen, new, offset in zip(plan.seen, plan.num_new, self.offsets)
         ]
-        if not any(distances):
-            return
-        back = [-distance for distance in distances]
-        for ring in self.rings:
-            ring.lower_positions(distances)
-        for layer in self.sink_layers:
-            rotation = layer.ring.rotation
-            if rotation is not None and layer.evicted.keys is not None:
-                rotation.rotate_(getattr(layer.evicted, rotation.tensor), back)
-        for layer, rotation in zip(self.layers, self.traits.rotations):
-            if rotation is not None and not isinstance(layer, SinkLayer) and rotation.tensor in layer_tensors(layer):
-                states = getattr(layer, rotation.tensor).clone()
-                setattr(layer, rotation.tensor, rotation.rotate_(states, back))
-        self.offsets = [offset + distance for offset, distance in zip(self.offsets, distances)]
-        self._plan = None
+        if any(lower_by):
+            offsets = [offset + distance for offset, distance in zip(self.offsets, lower_by)]
+            vars(self).update(offsets=offsets, plan=None)
+
+    def follow_offsets(self) -> None:
+        """Have all keys lowered by `offsets`. What was cut short before is finished."""
+        for layer in self.layers:
+            layer.lower_positions(self.offsets)
 
     # An update
 
@@ -2534,9 +2881,9 @@ class Stream:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SinkCache.update`; `args` and `kwargs` are for layers of transformers' own."""
         layer = self.layers[layer_idx]
-        if self.in_compiled_step:
+        if self.compiled is not None:
             return layer.write_compiled(key_states, value_states)
-        if not isinstance(layer, SinkLayer):
+        if not layer.follows_plan:
             return layer.update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._update_untraced(layer, key_states, value_states)
@@ -2545,11 +2892,10 @@ class Stream:
     def _update(
         self, layer: SinkLayer, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update a sink layer with new keys and values, `[batch, kv_heads, length, head_dim]`."""
         plan = self.plan_update(layer.seen, key_states.shape[2])
-        if not self._prepared:
-            self._refuse_unprepared(plan, key_states.shape[0])
-        self.has_evicted |= plan.evicts
-        keys, values = layer.update(key_states, value_states, plan)
+        self._refuse_unprepared(plan, key_states.shape[0])
+        keys, values = layer.update(key_states.detach(), value_states.detach(), plan)
         if not torch.is_grad_enabled():
             return keys, values
         # A graph would keep the slots themselves, which the next update writes into.
@@ -2561,21 +2907,24 @@ class Stream:
         """See `SinkCache.update_indexer`."""
         layer = self.layers[layer_idx]
         plan = self.plan_update(layer.indexer.seen, key_states.shape[1])
-        if not self._prepared:
-            self._refuse_unprepared(plan, len(key_states))
-        self.has_evicted |= plan.evicts
+        self._refuse_unprepared(plan, len(key_states))
         return layer.update_indexer(key_states, plan)
 
     # Its numbers are other ones at each step. In code that the user compiled it stays uncompiled.
     _update_untraced = torch.compiler.disable(_update)
 
     def _refuse_unprepared(self, plan: UpdatePlan, batch_size: int) -> None:
-        """Raise if the mask or the positions that the model makes by itself can't be right for this update."""
+        """Raise if the model was not prepared, and the mask or positions that it makes by itself can't be right."""
+        if plan.caller is not Caller.UNKNOWN:
+            return
         trained = self.traits.trained_length
-        if any(self.pads) or any(self.offsets):
+        if self._is_torn(plan):
+            reason = "it was left in the middle of a forward pass by an error"
+        elif any(self.pads) or any(self.offsets):
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
         elif self.traits.ordered:
             if not plan.evicts:
+                plan.caller = Caller.MODEL
                 return
             reason = "the model knows the order of tokens by columns, and counts one for each that was evicted too"
         elif plan.start > 0 and not self.traits.continues_positions:
@@ -2589,84 +2938,71 @@ class Stream:
         elif plan.sees_copies:
             reason = f"these {plan.length} tokens evict some, and each has to see another part of the window"
         else:
+            plan.caller = Caller.MODEL
             return
         raise ValueError(
             f"A `SinkCache` can't go on outside of its `generate`: {reason}. Use `generate`, or call the model with "
             f"`**{CACHE}.prepare_inputs(input_ids, attention_mask)`."
         )
 
-    def prepare_compiled_step(self, plan: UpdatePlan, device: torch.device) -> torch.Tensor:
-        """Before a compiled step: place the sinks, set the slot indices, return the mask.
+    def _is_torn(self, plan: UpdatePlan) -> bool:
+        """Whether an update before the one of `plan`, which has come to the first sink layer, was cut short."""
+        first = next(index for index, layer in enumerate(self.layers) if layer.follows_plan)
+        return any(
+            layer.progress() - {plan.end if index < first else plan.start} for index, layer in enumerate(self.layers)
+        )
 
-        The mask is additive, `[rows, 1, 1, window.length]`, and hides the slots that are not filled yet. It is given
-        also when all are filled: without a mask, the code would be another.
-        """
-        for ring in self.rings:
-            ring.place_sinks(plan.sink_shifts)
-            ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
-        evicted = Evicted(plan.end, 1)  # tells `settle` of a step that was cut short
-        for layer in self.layers:
-            layer.evicted = evicted
-        if self._slots_mask is None:
-            seen = torch.tensor(plan.seen, dtype=torch.long, device=device)[:, None]
-            filled = torch.arange(self.window.length, dtype=torch.long, device=device) <= seen
-            self._slots_mask = additive_mask(filled[:, None, None], self.traits.mask_dtype)
-        elif min(plan.seen) < self.window.length:
-            self._slots_mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
-        return self._slots_mask
+    def finish_update(self) -> None:
+        """After the model's forward pass: count the token that compiled code wrote, and drop the plan."""
+        if self.compiled is not None:
+            for layer in self.layers:
+                layer.seen = self.plan.end
+        self.plan = None
 
-    def count_compiled_token(self) -> None:
-        """Count the token that a compiled step wrote."""
-        self.has_evicted |= self._plan.evicts
-        for layer in self.layers:
-            layer.seen = self._plan.end
+    def leave(self) -> None:
+        """At the end of a call, whatever ended it: nothing that follows belongs to its last update."""
+        self.compiled = None
+        if self._shows_progress:
+            self.plan = None
 
-    def leave_steps(self) -> None:
-        """Have what follows not be compiled, nor taken for a part of the last step, which may have been cut short."""
-        self.in_compiled_step, self._slots_mask, self._at_work = False, None, False
+    @property
+    def _shows_progress(self) -> bool:
+        """Whether the layers tell of an update that was cut short. Recurrent states don't: kernels change them."""
+        return all(layer.shows_progress for layer in self.layers)
 
-    def select_rows(self, indices: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `indices[i]` was."""
-        for ring in self.rings:
-            ring.select_rows(indices)
-        for layer in self.sink_layers:
-            layer.refresh_views()
-            layer.evicted = layer.evicted.map(lambda states: states.index_select(0, indices.to(states.device)))
-        for layer in self.layers:
-            if isinstance(layer, StateLayer):
-                StateLayer.reorder_cache(layer, indices)
-            elif not isinstance(layer, SinkLayer):
-                layer.reorder_cache(indices)
-        self.transcript.select_rows(indices)
+    def with_rows(self, indices: torch.Tensor) -> "Stream":
+        """The stream of a batch whose row `i` is row `indices[i]` here."""
+        self.follow_offsets()
+        rings = {ring: ring.with_rows(indices) for ring in self.rings}
+        stream = shared(self)
+        stream._set_layers([layer.with_rows(indices, rings) for layer in self.layers])
+        stream.transcript, stream.plan, stream.compiled = self.transcript.with_rows(indices), None, None
         if len(self.pads) > 1:
             rows = indices.tolist()
-            self.pads, self.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
-        self._plan = None
+            stream.pads, stream.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
+        return stream
 
     # Taking back
 
     def settle(self) -> None:
-        """Take back an update that was cut short by an error or an interrupt, after some of the layers.
+        """Finish or take back what was cut short by an error or an interrupt.
 
         Raises:
             ValueError: layers that slide, or keep a state, were cut short: they can't take tokens back.
         """
-        counts = {getattr(layer, "seen", getattr(layer, "cumulative_length", None)) for layer in self.layers}
-        counts -= {None}  # of layers that don't count
-        begun = {layer.begun for layer in self.sink_layers} | counts
-        if self.has_sinks_only:
-            if len(begun) > 1:
-                for layer in self.layers:
-                    layer.take_back(min(counts), self.pads)
-                self._plan = None
+        self.follow_offsets()
+        progress, plan = {columns for layer in self.layers for columns in layer.progress()}, self.plan
+        if len(progress) > 1 and self.can_undo:
+            self.take_back(min(progress))
             return
-        has_states = any(isinstance(layer, StateLayer) for layer in self.layers)
-        if len(begun) > 1 or (has_states and self._prepared and self._plan is not None and {self._plan.end} != counts):
+        unknown = plan is not None and plan.is_prepared and not self._shows_progress
+        if len(progress) > 1 or (unknown and (plan.caller is Caller.GENERATE or progress != {plan.end})):
             raise ValueError(
                 f"The `SinkCache` in `{CACHE}` was left in the middle of a forward pass by an error: its layers "
                 "disagree about the tokens seen, and those that slide or keep a state can't take them back. `reset()` "
                 "it, or use a new one."
             )
+        self.plan = None
 
     @property
     def record_past(self) -> bool:
@@ -2675,23 +3011,24 @@ class Stream:
 
     @record_past.setter
     def record_past(self, recording: bool) -> None:
-        others = (layer for layer in self.layers if not isinstance(layer, SinkLayer))
-        for layer in filter(can_record, (*self.sink_layers, *others)):
-            layer.record_past = recording
+        for layer in {*self.layers, *self.sink_layers}:
+            if layer.can_record:
+                layer.record_past = recording
 
     @property
     def can_take_back(self) -> bool:
         """Whether all layers can forget their latest tokens."""
-        return all(has_sinks_only(layer) or (can_record(layer) and layer.record_past) for layer in self.layers)
+        return all(layer.can_undo or (layer.can_record and layer.record_past) for layer in self.layers)
 
     @property
     def num_removable(self) -> int:
         """How many of the latest columns `take_back` can forget."""
         if not self.can_take_back:
             return 0
-        if not self.has_evicted and not any(self.offsets):
-            return self.seen
-        return min(layer.evicted.columns for layer in self.sink_layers)
+        seen = self.seen
+        if not any(self.offsets) and all(seen - pad <= self.window.length for pad in self.pads):
+            return seen  # nothing was evicted
+        return min(layer.undo.columns for layer in self.sink_layers)
 
     def can_end_at(self, end: int) -> bool:
         """Whether `take_back` can forget all columns from `end` on, and a token of each row stays."""
@@ -2699,14 +3036,10 @@ class Stream:
 
     def take_back(self, end: int) -> None:
         """Forget all columns from `end` on, of which `num_removable` tells how many may be."""
-        seen = self.seen
         for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.take_back(end, self.pads)
-            else:
-                layer.crop(end - seen)
+            layer.take_back(end, self.pads)
         self.transcript.forget_from(end)
-        self._plan = None
+        self.plan = None
 
     # The conversation
 
@@ -2856,10 +3189,12 @@ class UnboundLayers:
         rotated = (rotating * cos) + (swapped * sin)
         return rotated if still is None else torch.cat([rotated, still], dim=-1)
 
-    def select_rows(self, indices: torch.Tensor) -> None:
-        """Make row `i` of the batch what row `indices[i]` was."""
-        self.keys = [keys.index_select(0, indices.to(keys.device)) for keys in self.keys]
-        self.values = [values.index_select(0, indices.to(values.device)) for values in self.values]
+    def with_rows(self, indices: torch.Tensor) -> "UnboundLayers":
+        """A copy whose row `i` of the batch is row `indices[i]` here."""
+        layers = shared(self)
+        layers.keys = [keys.index_select(0, indices.to(keys.device)) for keys in self.keys]
+        layers.values = [values.index_select(0, indices.to(values.device)) for values in self.values]
+        return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2894,7 +3229,7 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if ids is not None and ids.numel() > 0:
         tensors["latest_ids"] = ids
     for layer_idx, layer in enumerate(stream.layers):
-        tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer_tensors(layer).items()}
+        tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer.tensors().items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
@@ -2907,7 +3242,6 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "pads": stream.pads,
         "padding_known": stream.padding_known,
         "offsets": stream.offsets,
-        "has_evicted": stream.has_evicted,
         "latest_end": stream.transcript.end if "latest_ids" in tensors else 0,
     }
     return state | {"checksum": _checksum(state, tensors)}, tensors
@@ -2916,7 +3250,6 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Make a new `stream` what it was when it was packed to these."""
     stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]
-    stream.has_evicted = state["has_evicted"]
     stream.transcript = Transcript(tensors.get("latest_ids"), state["latest_end"])
     for layer_idx, layer in enumerate(stream.layers):
         held = {}
@@ -2924,7 +3257,7 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
             part, _, number = name.rpartition(".")
             if number == str(layer_idx):
                 held[part] = tensor.to(device)
-        restore_layer(layer, held, state["seen"])
+        layer.restore(held, state["seen"], state["offsets"])
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -3069,7 +3402,7 @@ def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
         raise ValueError("something in it was changed after it was written: its checksum is another")
     if version == 0:  # there was a time before versions and checksums
         pads = state.get("pads")
-        state = {**state, "pads": pads or [0], "padding_known": pads is not None, "has_evicted": True}
+        state = {**state, "pads": pads or [0], "padding_known": pads is not None}
         counts = [state[name] for name in ("window_length", "num_sink_tokens", "seen", "latest_end")]
         if not all(type(count) is int and count >= 0 for count in [*counts, *state["pads"], *state["offsets"]]):
             raise ValueError("its metadata has other values than counts of tokens")
@@ -3324,7 +3657,16 @@ class SinkCache(Cache):
 
     def _hold(self, held: Union[Stream, UnboundLayers]) -> None:
         """Keep tokens in `held` from now on: a stream if the cache is bound."""
-        self.held, self.layers = held, held.layers
+        self.held = held
+
+    @property
+    def layers(self) -> list:
+        """The layers of a bound cache."""
+        return self.held.layers
+
+    @layers.setter
+    def layers(self, layers: list) -> None:
+        pass  # of `Cache.__init__`, which knows none yet
 
     def reset(self) -> None:
         """Forget all tokens; a bound cache stays bound."""
@@ -3509,7 +3851,7 @@ class SinkCache(Cache):
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         stream.begin(batch_size, stream.pads if start > 0 and attention_mask is None else left_padding(attention_mask))
         inputs = {"input_ids": input_ids, "attention_mask": None, stream.traits.cache_name: self}
-        return stream.inputs_for_step(model, inputs)
+        return stream.inputs_for_step(model, inputs, Caller.LOOP)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
@@ -3533,7 +3875,7 @@ class SinkCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, in that order: int64 `[new batch]`."""
         self._refuse_other_thread()
-        self.held.select_rows(indices)
+        self.held = self.held.with_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -3811,7 +4153,7 @@ class StreamedCall:
         finally:
             stream = self.stream
             stream.record_past = recorded
-            stream.leave_steps()
+            stream.leave()
             stream.transcript.forget_from(stream.seen)
             stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
@@ -3871,7 +4213,7 @@ class StreamedCall:
     def _can_step_in_tensors(self) -> bool:
         """Whether single tokens can go in by compiled code: in tensors, with a mask, not in order, and not recorded."""
         stream = self.stream
-        in_tensors = all(type(layer) is SinkLayer for layer in stream.layers)
+        in_tensors = all(layer.compiles for layer in stream.layers)
         return in_tensors and takes_masks(self.model) and not stream.record_past
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
@@ -3886,7 +4228,8 @@ class StreamedCall:
                 self.cache._hold(self.keeper.resume(self.stream, input_ids, pads, most=self.columns - 1))
         stream = self.stream
         start = stream.seen
-        self._compile_step(self.compiled and not is_prompt)
+        compiled = self.compiled and not is_prompt
+        self._compile_step(compiled)
         if is_prompt:
             stream.begin(len(input_ids), pads)
             stream.refuse_other_ids(input_ids, end)
@@ -3908,11 +4251,10 @@ class StreamedCall:
         inputs[stream.traits.cache_name] = self.cache
         if is_prompt:
             inputs = self._last_chunk(inputs, new_columns=end - self.columns)
-        return stream.inputs_for_step(self.stand_in, inputs)
+        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE, compiled)
 
     def _compile_step(self, compiled: bool) -> None:
-        """Have the next forward pass compiled, by transformers or by the user, or not."""
-        self.stream.in_compiled_step = compiled
+        """Have the next forward pass compiled by the user's code, if there is some, or not."""
         vars(self.stand_in).update(
             {name: vars(self.model)[name] for name in self.uncompiled} if compiled else self.uncompiled
         )
@@ -3944,8 +4286,9 @@ class StreamedCall:
     def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
         """Run the model on these chunks of its inputs."""
         for chunk in transformers.logging.tqdm(chunks, desc="prompt", unit="chunk", disable=not self.progress):
-            chunk_inputs = self.stream.inputs_for_step(self.stand_in, slice_inputs(inputs, chunk))
+            chunk_inputs = self.stream.inputs_for_step(self.stand_in, slice_inputs(inputs, chunk), Caller.GENERATE)
             self.stand_in(**chunk_inputs, return_dict=True)
+            self.stream.finish_update()
             self._keep_prompt()
 
     def _keep_prompt(self) -> None:
@@ -3964,8 +4307,7 @@ class StreamedCall:
         kwargs = self.model._update_model_kwargs_for_generation(*args, **kwargs)
         if kwargs.get(CACHE) is not self.cache:
             return kwargs
-        if self.stream.in_compiled_step:
-            self.stream.count_compiled_token()
+        self.stream.finish_update()
         self._keep_prompt()
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
@@ -4059,7 +4401,7 @@ class Drafter:
             names = ("rotations", "index_rotations", "layouts")
             traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
             self.cache._hold(Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling))
-        if not all(map(can_record, self.cache.layers)):
+        if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(
                 f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens "
                 f"back with transformers {transformers.__version__}, as they slide or keep a state. Use another one."
@@ -4229,8 +4571,8 @@ def _generate(
             refuse_gap(kwargs, seen=0, end=0)
     window, assistance = cache.held.window, assisted_by(model, kwargs)
     if assistance is not None:
-        layers = SinkCache(window.length, window.num_sinks).bind(model).layers
-        refuse_assistance(model, window, layers, kwargs, assistance)
+        stream = SinkCache(window.length, window.num_sinks).bind(model).held
+        refuse_assistance(model, window, stream.layers, stream.traits.ordered, kwargs, assistance)
     if kwargs.get("assistant_model") is not None:
         assistant = unwrapped(kwargs["assistant_model"], "assistant_model")
         kwargs["assistant_model"] = Drafter(assistant, window).stand_in
