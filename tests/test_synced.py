@@ -43,7 +43,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 8, 30])
-def test_a_finished_rank_waits_and_changes_nothing(mode, max_new_tokens, monkeypatch):
+def test_a_finished_rank_waits_and_changes_nothing(mode, max_new_tokens, monkeypatch, tmp_path):
     model = small_model()
 
     def a_call(**kwargs):
@@ -65,12 +65,11 @@ def test_a_finished_rank_waits_and_changes_nothing(mode, max_new_tokens, monkeyp
     sequences, cache, logits = a_call(synced_gpus=True)
     assert torch.equal(sequences, expected)
     assert cache.get_seq_length() == alone.get_seq_length() == sequences.shape[1] - 1
-    for layer, layer_alone in zip(cache.layers, alone.layers):
-        assert torch.equal(layer.keys, layer_alone.keys) and torch.equal(layer.values, layer_alone.values)
-    assert cache.held.transcript.end == alone.held.transcript.end
-    assert torch.equal(cache.held.transcript.ids, alone.held.transcript.ids)
     assert torch.equal(logits, expected_logits)
     assert passes[needed:-1] == [[cache.batch_size, 1]] * 40  # it went on for as long as the others did
+    for name, each in (("waited", cache), ("alone", alone)):
+        each.save(tmp_path / name)
+    assert (tmp_path / "waited").read_bytes() == (tmp_path / "alone").read_bytes()
 
 
 def test_a_prompt_goes_in_by_as_many_passes_as_the_longest(monkeypatch):

@@ -1,13 +1,16 @@
 """The latest tokens can be taken back: what a cache holds then is what it would if they had never been said."""
 
+import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
 from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
-from custom_generate.generate import CROP_ARGUMENT, SinkCache, SinkLayer, generate
+from custom_generate.generate import CROP_ARGUMENT, SinkCache, generate
 from tests.support.helpers import RELEASE, left_padded, prompt, small_model
 from tests.support.oracle import difference, oracle
 
@@ -154,22 +157,50 @@ def test_a_step_cut_short_between_two_layers(prompt_length, layer_idx):
     assert torch.equal(generate(model, input_ids=said, past_key_values=cache, **settings), expected)
 
 
-@pytest.mark.parametrize("layer_idx", [0, 1, 2])
+class CutBeforeWrite(TorchDispatchMode):
+    """Raises before the torch operation that would write into a tensor for the time `number`, from 0 on."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            self.left -= 1
+            if self.left < 0:
+                raise Cut
+        return function(*args, **(kwargs or {}))
+
+
+def cut_before_write(function, number: int):
+    """`function`, cut short in its first call before it writes into a tensor for the time `number`, from 0 on."""
+    calls = []
+
+    def cut(*args):
+        calls.append(args)
+        with CutBeforeWrite(number) if len(calls) == 1 else contextlib.nullcontext():
+            return function(*args)
+
+    return cut
+
+
+@pytest.mark.parametrize("layer_idx", [0, 2])
 @pytest.mark.parametrize("prompt_length", [0, 9], ids=["one token", "an update"])
-def test_a_step_cut_short_within_a_layer(prompt_length, layer_idx, monkeypatch):
-    model, cache, said, expected, settings = conversation(prompt_length)
-    write = SinkLayer._write
-
-    def cut(self, key_states, value_states, plan, evicted):
-        if self is cache.layers[layer_idx]:
-            value_states = value_states[..., :3]  # that fits nowhere: the keys are written, the values are not
-        write(self, key_states, value_states, plan, evicted)
-
-    monkeypatch.setattr(SinkLayer, "_write", cut)
-    with pytest.raises(RuntimeError):
-        generate(model, input_ids=said, past_key_values=cache, prefill_chunk_size=6, **settings)
-    monkeypatch.undo()
-    assert torch.equal(generate(model, input_ids=said, past_key_values=cache, **settings), expected)
+def test_a_step_cut_short_within_a_layer(prompt_length, layer_idx):
+    # Before each write of the layer's update: as the sinks are moved, between keys and values, and so on.
+    model, whole, said, expected, settings = conversation(prompt_length)
+    for number in itertools.count():
+        cache = copy.deepcopy(whole)
+        layer = cache.layers[layer_idx]
+        layer.update = cut_before_write(layer.update, number)
+        try:
+            generate(model, input_ids=said, past_key_values=cache, prefill_chunk_size=6, **settings)
+        except Cut:
+            del layer.update
+            assert torch.equal(generate(model, input_ids=said, past_key_values=cache, **settings), expected)
+        else:
+            break
+    assert number >= 2  # keys and values at least
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15])
