@@ -156,7 +156,7 @@ def test_memory_is_given_back_with_the_cache():
     try:
         cache = SinkCache(16, 4)
         generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=20)
-        keys = weakref.ref(cache.held.rings[0].keys)
+        keys = weakref.ref(cache.layers[0].keys)
         del cache
         assert keys() is None
     finally:

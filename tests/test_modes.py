@@ -82,14 +82,15 @@ def test_another_device_by_default():
 def test_another_dtype_by_default(dtype, tmp_path):
     settings = dict(max_new_tokens=40, do_sample=False)  # past a window of 16, and the trained length of 20
     batches = [dict(input_ids=prompt(9)), left_padded([prompt(9), prompt(30), prompt(9)])]
+    settings |= dict(return_dict_in_generate=True)
     expected = [generate(small_model(max_position_embeddings=20), 16, 4, **inputs, **settings) for inputs in batches]
     model = small_model(max_position_embeddings=20)
     torch.set_default_dtype(dtype)
     try:
-        for inputs, tokens in zip(batches, expected):
+        for inputs, output in zip(batches, expected):
             cache = SinkCache(16, 4)
-            assert torch.equal(generate(model, past_key_values=cache, **inputs, **settings), tokens)
-            assert {ring.sinks.dtype for ring in cache.held.rings} == {torch.float32}
+            assert torch.equal(generate(model, past_key_values=cache, **inputs, **settings).sequences, output.sequences)
+            assert cache.nbytes == output.past_key_values.nbytes
             assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
             cache.save(tmp_path / "conversation")
             SinkCache.load(tmp_path / "conversation", model).batch_repeat_interleave(2)

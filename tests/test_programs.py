@@ -25,7 +25,10 @@ def key(token: int, position: int, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 class Programs(RuleBasedStateMachine):
-    """`rows` is the plain model: of each row all tokens that it was given, each a number of its own."""
+    """`rows` is the plain model: of each row all tokens that it was given, each a number of its own.
+
+    `lowered` is by how much the positions of each row are lower than its counts of tokens.
+    """
 
     @initialize(
         window_length=strategies.integers(1, 8),
@@ -36,7 +39,7 @@ class Programs(RuleBasedStateMachine):
     def begin(self, window_length, num_sink_tokens, trained_length, data):
         self.window_length = window_length
         self.num_sink_tokens = min(num_sink_tokens, window_length - 1)
-        self.model = MODELS[trained_length]
+        self.model, self.ceiling = MODELS[trained_length], max(self.window_length, trained_length)
         self.cache = SinkCache(self.window_length, self.num_sink_tokens).bind(self.model)
         self.frequencies = self.model.model.rotary_emb.inv_freq.double()
         self.tokens = iter(range(10**9))
@@ -46,14 +49,14 @@ class Programs(RuleBasedStateMachine):
     def forget(self, data):
         self.cache.reset()
         self.rows = [[] for _ in range(data.draw(strategies.integers(1, 3)))]
-        self.pads = [0] * len(self.rows)
+        self.pads, self.lowered = [0] * len(self.rows), [0] * len(self.rows)
         self.evicted, self.recording = False, False
         self.latest = 0  # how many columns can be taken back once some evicted others
 
     @rule(length=strategies.integers(1, 20), data=strategies.data())
     def update(self, length, data):
         start, mask = self.cache.get_seq_length(), None
-        at_once = self.cache.held.ceiling - min(start, self.num_sink_tokens)
+        at_once = self.ceiling - min(start, self.num_sink_tokens)
         if length > at_once:
             with pytest.raises(ValueError, match=f"at most {at_once} tokens at a time"):
                 self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long))
@@ -65,7 +68,7 @@ class Programs(RuleBasedStateMachine):
         new = [[next(self.tokens) for _ in range(length - (pad if start == 0 else 0))] for pad in self.pads]
         inputs = self.cache.prepare_inputs(torch.zeros(len(self.rows), length, dtype=torch.long), mask)
         positions = inputs["position_ids"].expand(len(self.rows), -1)
-        assert 0 <= positions.min() and positions.max() < max(self.window_length, self.cache.held.ceiling)
+        assert 0 <= positions.min() and positions.max() < self.ceiling
 
         keys = torch.zeros(len(self.rows), 1, length, HEAD_DIM)
         values = torch.full((len(self.rows), 1, length, 1), -1.0)
@@ -86,6 +89,7 @@ class Programs(RuleBasedStateMachine):
                     exact = key(int(values[row, 0, place, 0]), int(positions[row, column]) - distance, self.frequencies)
                     assert (keys[row, 0, place].double() - exact).norm() < 1e-5 * exact.norm()
             self.rows[row] = self.rows[row] + tokens
+            self.lowered[row] = len(self.rows[row]) - 1 - int(positions[row, -1])
         self.evicted |= max(map(len, self.rows)) > self.window_length
         room = self.window_length - self.num_sink_tokens
         before = self.latest if self.recording else 0
@@ -113,13 +117,15 @@ class Programs(RuleBasedStateMachine):
             if not indices:
                 return
             self.cache.batch_repeat_interleave(2)
-        self.rows, self.pads = [self.rows[row] for row in indices], [self.pads[row] for row in indices]
+        self.rows, self.pads, self.lowered = (
+            [of_rows[row] for row in indices] for of_rows in (self.rows, self.pads, self.lowered)
+        )
 
     @precondition(lambda self: self.cache.get_seq_length() > 0)
     @rule(forgotten=strategies.integers(0, 20))
     def crop(self, forgotten):
         seen = self.cache.get_seq_length()
-        possible = self.latest if self.evicted or any(self.cache.held.offsets) else seen
+        possible = self.latest if self.evicted or any(self.lowered) else seen
         if forgotten == seen:
             return  # which is `forget`
         if forgotten > 0 and (forgotten > possible or min(map(len, self.rows)) <= forgotten):
