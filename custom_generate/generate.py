@@ -629,7 +629,6 @@ class Ring:
         ring._exchange(keys, values, sinks, num_layers=1)
         return ring
 
-    @torch.inference_mode(False)
     def with_rows(self, indices: torch.Tensor) -> "Ring":
         """A copy whose row `i` of the batch is row `indices[i]` here."""
         ring, selected = shared(self), {}
@@ -2652,6 +2651,7 @@ class Stream:
         copied.transcript, copied.plan, copied.compiled = Transcript(), None, None
         return copied
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> "Stream":
         for tensor in self.tensors():  # a tensor with a graph has no copy of its own accord
             memo.setdefault(id(tensor), tensor.detach().clone())
@@ -2970,6 +2970,7 @@ class Stream:
         """Whether the layers tell of an update that was cut short. Recurrent states don't: kernels change them."""
         return all(layer.shows_progress for layer in self.layers)
 
+    @torch.inference_mode(False)
     def with_rows(self, indices: torch.Tensor) -> "Stream":
         """The stream of a batch whose row `i` is row `indices[i]` here."""
         self.follow_offsets()
@@ -3247,6 +3248,7 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return state | {"checksum": _checksum(state, tensors)}, tensors
 
 
+@torch.inference_mode(False)
 def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Make a new `stream` what it was when it was packed to these."""
     stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import itertools
 
 import accelerate
 import pytest
@@ -11,6 +12,7 @@ from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import answer, left_padded, prompt, small_model
 from tests.support.oracle import difference, oracle
+from tests.test_hybrids import SERVED, hybrid
 
 
 def turns(model, *modes, cache=None):
@@ -133,3 +135,35 @@ def test_weights_that_are_elsewhere_until_they_are_needed(where, read, tmp_path)
         for resumed in (SinkCache.load(tmp_path / "conversation", model), cache)
     ]
     assert torch.equal(*turns)
+
+
+MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
+
+
+@pytest.mark.parametrize("modes", list(itertools.permutations(MODES)), ids="-".join)
+@pytest.mark.parametrize("name", ["llama", *(name for name in ("gemma3_text", "qwen3_next") if name in SERVED)])
+def test_each_operation_in_any_mode(name, modes, tmp_path):
+    # Nothing is written into what was made in another mode, and nothing keeps a graph.
+    settings = dict(max_position_embeddings=20)  # positions are lowered every few tokens
+    model = small_model(**settings) if name == "llama" else hybrid(name, **settings)
+    cache, tokens, logits = SinkCache(16, 4).bind(model), prompt(90), []
+    turns = itertools.cycle(MODES[mode] for mode in modes)
+    updates = [9, 9, 1, 1, 7, 1, 1, 1, 9, 1, 1, 9, 5, 1, 1, 9, 1, 1, 12, 1, 9]
+    for number, update in enumerate(tokens.split(updates, dim=1)):
+        with next(turns)():
+            logits.append(model(**cache.prepare_inputs(update)).logits[0].detach())
+        with next(turns)():
+            cache = copy.deepcopy(cache)
+            cache.reorder_cache(torch.tensor([0]))
+        if name == "llama" and update.shape[1] > 4:
+            with next(turns)():
+                cache.crop(-3)
+                logits[-1] = logits[-1][:-3]
+            with next(turns)():
+                logits.append(model(**cache.prepare_inputs(update[:, -3:])).logits[0].detach())
+        if number % 5 == 0:
+            with next(turns)():
+                cache.save(tmp_path / "conversation")
+            with next(turns)():
+                cache = SinkCache.load(tmp_path / "conversation", model)
+    assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5

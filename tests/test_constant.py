@@ -1,0 +1,47 @@
+"""What a step makes, masks too, is as large after many columns as after few."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from custom_generate.generate import SinkCache
+from tests.support.helpers import prompt, small_model
+from tests.test_hybrids import SERVED, hybrid
+
+MODELS = ["llama", *SERVED]
+
+
+class Weighing(TorchDispatchMode):
+    """Notes the numbers in each tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.sizes += [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return output
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 9]], ids=["rows", "padded rows"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_steps_make(name, pads):
+    model = small_model() if name == "llama" else hybrid(name)
+    cache, made = SinkCache(16, 4).bind(model), {}
+    mask = (torch.arange(30) >= torch.tensor(pads)[:, None]).long()
+    with torch.no_grad():
+        model(**cache.prepare_inputs(prompt(30, rows=2), mask))
+        for tokens in prompt(130, rows=2, seed=1).split(1, dim=1):
+            with Weighing() as weighing:
+                model(**cache.prepare_inputs(tokens))
+            made[cache.get_seq_length()] = sorted(weighing.sizes)
+    # The sliding layers of these reach 24 columns back at most. Where sequences meet a ceiling, keys are shifted.
+    assert made[60] == made[159] and len(made[60]) > 50
+
+
+def test_what_cutting_a_prompt_takes():
+    # By numbers alone: with a list that is summed for each chunk, this took as many steps as its square.
+    stream = SinkCache(1024, 500).bind(small_model(max_position_embeddings=2048)).held
+    assert len(stream.chunks(200_000, True, 1, 1)) == 200_000
