@@ -1119,7 +1119,7 @@ class UntouchedLayer:
     """
 
     follows_plan = compiles = is_indexed = False
-    shows_progress = True
+    shows_progress, record_past = True, False
     _layer_type = None  # transformers would take the class for a kind of layers of its own
 
     def keep(self, rotation: Optional[Rotation], holds_text: bool, has_kind: bool) -> None:
@@ -1130,8 +1130,8 @@ class UntouchedLayer:
 
     @property
     def can_undo(self) -> bool:
-        """Whether it can take an update back that was cut short: there is nothing to take back then."""
-        return not self.holds_text
+        """Whether it can take an update back that was cut short: it can if it holds nothing, nor an image."""
+        return not self.holds_text and not self._has_keys
 
     @property
     def can_record(self) -> bool:
@@ -3865,10 +3865,21 @@ class SinkCache(Cache):
 
     get_max_cache_shape = get_max_length
 
-    def get_mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int = 0) -> tuple[int, int]:
-        """The number of keys that `update` will return, and the column that the first of them counts as."""
+    def get_mask_sizes(
+        self,
+        query_length: Union[torch.Tensor, int, None] = None,
+        layer_idx: int = 0,
+        cache_position: Optional[torch.Tensor] = None,
+    ) -> tuple[int, int]:
+        """The number of keys that `update` will return, and the column that the first of them counts as.
+
+        Args:
+            query_length: how many tokens are new; or their columns, which is what transformers passes until 5.3.
+            layer_idx: the layer that is asked about.
+            cache_position: these columns by their older name.
+        """
         self._refuse_other_thread()
-        return self.held.mask_sizes(sizes, layer_idx)
+        return self.held.mask_sizes(query_length if cache_position is None else cache_position, layer_idx)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the batch what row `beam_idx[i]` was: int64 `[batch]`."""
@@ -4380,9 +4391,6 @@ class Drafter:
         window: of the model's stream.
         depth: how many of its first layers draft, if the assistant is the model itself, which exits early.
         runs_on: the model `with_its_own_depth`, then.
-
-    Attributes:
-        stand_in: what transformers gets for the assistant.
     """
 
     def __init__(
@@ -4392,6 +4400,11 @@ class Drafter:
         depth: Optional[int] = None,
         runs_on: Optional[PreTrainedModel] = None,
     ):
+        if "shared_kv_states" in inspect.signature(assistant.forward).parameters:
+            raise ValueError(
+                f"`assistant_model` ({type(assistant).__name__}) can't draft in a stream: it has no keys of its own, "
+                "and reads those that the model keeps of all tokens. Use another one, or `prompt_lookup_num_tokens`."
+            )
         self.runs_on = assistant if runs_on is None else runs_on
         self.cache = SinkCache(window.length, window.num_sinks)
         try:
@@ -4409,8 +4422,13 @@ class Drafter:
                 f"back with transformers {transformers.__version__}, as they slide or keep a state. Use another one."
             )
         self.cache.activate_past_recording()
-        self.stand_in = shared(self.runs_on)
-        self.stand_in.generate = self.generate
+
+    @property
+    def stand_in(self) -> PreTrainedModel:
+        """What transformers gets for the assistant. It holds this drafter, which does not hold it: both go at once."""
+        stand_in = shared(self.runs_on)
+        stand_in.generate = self.generate
+        return stand_in
 
     def generate(
         self,

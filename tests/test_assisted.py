@@ -1,15 +1,19 @@
 """Assisted decoding past the window: the tokens of decoding without it, in the memory of a window for each model."""
 
+import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, StoppingCriteria
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import CACHE, EARLY_EXITS_FAIL, SinkCache, generate
-from tests.support.helpers import prompt, seeded, small_model
+from tests.support.helpers import RELEASE, SMALL, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
 EOS = 210  # until 4.52 prompt lookup asks for one
@@ -297,3 +301,88 @@ def test_an_assistant_that_can_not_be_streamed():
     del assistant.model.rotary_emb.inv_freq
     with pytest.raises(ValueError, match="`assistant_model` can't draft in a stream of its own"):
         said(target(), prompt(5), assistant_model=assistant)
+
+
+@pytest.mark.parametrize("ends", ["in an answer", "by an error"])
+@pytest.mark.parametrize("assistance", [name for name in ASSISTANCE if name != "a stranger"])
+def test_what_drafts_were_made_in_is_freed_when_the_call_ends(assistance, ends):
+    class Breaks(BaseStreamer):
+        def put(self, value):
+            if len(caches) > 6:
+                raise InterruptedError
+
+        def end(self):
+            pass
+
+    def run():
+        with contextlib.suppress(InterruptedError):
+            said(model, prompt(30), **kwargs, **(dict(streamer=Breaks()) if ends == "by an error" else {}))
+
+    model = target()
+    kwargs, caches = ASSISTANCE[assistance](model), []
+    for each in (model, kwargs.get("assistant_model", model)):
+        each.register_forward_pre_hook(
+            lambda module, args, kwargs: caches.append(weakref.ref(kwargs[CACHE])), with_kwargs=True
+        )
+    generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=1)  # reads the model, whose runs are not looked at
+    caches.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert len(caches) > 6 and not any(isinstance(cache(), SinkCache) for cache in caches)
+    finally:
+        gc.enable()
+
+
+def text_model(name: str, **settings):
+    """A model of a family whose last layer reads the keys of the one before."""
+    shared = dict(num_kv_shared_layers=1, hidden_size_per_layer_input=8, vocab_size_per_layer_input=211)
+    return small_model(CONFIG_MAPPING[name](**{**SMALL, **shared, "head_dim": 16, "eos_token_id": EOS, **settings}))
+
+
+@pytest.mark.skipif(RELEASE < Version("5.24"), reason="refused before: layers read keys that they can't find")
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("gemma4_text", dict(global_head_dim=16, layer_types=["full_attention"] * 3)),
+        (
+            "gemma4_text",
+            dict(
+                global_head_dim=16,
+                sliding_window=8,
+                num_hidden_layers=4,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+            ),
+        ),
+        (
+            "gemma3n_text",
+            dict(
+                layer_types=["full_attention"] * 3,
+                intermediate_size=[96] * 3,
+                activation_sparsity_pattern=[0.0] * 3,
+                laurel_rank=8,
+            ),
+        ),
+    ],
+)
+def test_layers_that_hold_nothing_can_take_back(name, settings):
+    model, ids, cache = text_model(name, **settings), prompt(30), SinkCache(16, 4)
+    expected = said(model, ids)
+    assert torch.equal(said(model, ids, prompt_lookup_num_tokens=4), expected)
+    if "sliding_attention" not in settings["layer_types"]:
+        said(model, ids[:, :10], (None, None), past_key_values=cache, max_new_tokens=1)
+        cache.crop(-4)
+        assert torch.equal(said(model, ids, (None, None), past_key_values=cache), expected)
+
+
+@pytest.mark.skipif("gemma4_assistant" not in CONFIG_MAPPING, reason="not in this release")
+def test_an_assistant_without_keys_of_its_own_is_named():
+    text = dict(SMALL, head_dim=16, global_head_dim=16, num_kv_shared_layers=3)
+    text |= dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+    config = CONFIG_MAPPING["gemma4_assistant"](text_config=text, backbone_hidden_size=64, use_ordered_embeddings=False)
+    model = text_model("gemma4_text", global_head_dim=16, layer_types=["full_attention"] * 3)
+    passes = Passes(model)
+    with pytest.raises(ValueError, match="`assistant_model` .Gemma4AssistantForCausalLM. can't draft.*no keys of its"):
+        said(model, prompt(5), assistant_model=AutoModelForCausalLM.from_config(config))
+    assert set(passes.lengths) <= {1, 2, 4}  # of those that read the model

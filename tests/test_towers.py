@@ -184,3 +184,11 @@ def test_an_image_in_a_prompt_that_goes_in_by_chunks():
     ids, image = an_image(model, "llava")
     with pytest.raises(ValueError, match="Images.*must come with a prompt that goes in at once.* 2 chunks"):
         stream(model, torch.cat([ids, ids[:, :3], ids[:, :3], ids[:, :3]], dim=1), **image)
+
+
+@pytest.mark.skipif("mllama" not in TOWERS, reason="broken in this release")
+def test_drafts_and_a_layer_that_attends_to_images_alone():
+    model, call = model_with_a_tower("mllama"), dict(max_new_tokens=40, do_sample=False, suppress_tokens=[0, IMAGE])
+    call |= dict(input_ids=prompt(30).clamp(max=200), eos_token_id=IMAGE)  # 5.3's prompt lookup asks for one
+    expected = generate(model, 16, 4, **call)
+    assert torch.equal(generate(model, 16, 4, prompt_lookup_num_tokens=4, **call)[:, :70], expected)
