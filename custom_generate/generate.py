@@ -46,6 +46,7 @@ import stat
 import sys
 import tempfile
 import threading
+import types
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -3506,9 +3507,6 @@ class Conversation:
 class KeptConversations:
     """The conversations kept on one model, the one that was used longest ago first."""
 
-    # Of each model. None outlives its model.
-    of_models: "weakref.WeakKeyDictionary[PreTrainedModel, KeptConversations]" = weakref.WeakKeyDictionary()
-
     def __init__(self):
         self.conversations: list[Conversation] = []
         self._changing = threading.Lock()
@@ -3535,6 +3533,18 @@ class KeptConversations:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def all_kept() -> "weakref.WeakKeyDictionary[PreTrainedModel, dict[type, KeptConversations]]":
+    """What is kept on each model, by the class of what keeps it. None outlives its model.
+
+    This file may be loaded several times in a process, from the Hub and as an installed package. Each is a module with
+    classes of its own, maybe of another version, and goes on in its own conversations only. All of them are found here,
+    so that any can count and forget them: of what another keeps it asks `nbytes` alone.
+    """
+    name = "_sink_cache_kept_conversations"
+    module = sys.modules.setdefault(name, types.ModuleType(name))
+    return vars(module).setdefault("of_models", weakref.WeakKeyDictionary())
+
+
 class Keeper:
     """What one call of `generate` takes from the conversations kept on its model, and what it leaves there.
 
@@ -3549,7 +3559,7 @@ class Keeper:
 
     def __init__(self, model: PreTrainedModel, number: int, on_cpu: bool):
         self.model, self.number, self.on_cpu = model, number, on_cpu
-        self.kept = KeptConversations.of_models.setdefault(model, KeptConversations())
+        self.kept = all_kept().setdefault(model, {}).setdefault(KeptConversations, KeptConversations())
         self.basis: Optional[Basis] = None
         self.places: list[Stream] = []
         self.before: Optional[Conversation] = None
@@ -3980,15 +3990,15 @@ class SinkCache(Cache):
         """Bytes of memory that the conversations take which `generate` keeps on `model` (`kept_conversations`).
 
         Each has at most two windows, those after its latest prompt and after the answer, with what the latest update of
-        them evicted, and 4 bytes for each token of the conversation.
+        them evicted, and 4 bytes for each token of the conversation. All are counted, whether `generate` comes from the
+        Hub, a folder or an installed package.
         """
-        kept = KeptConversations.of_models.get(unwrapped(model))
-        return 0 if kept is None else kept.nbytes
+        return sum(kept.nbytes for kept in list(all_kept().get(unwrapped(model), {}).values()))
 
     @staticmethod
     def forget_kept(model: PreTrainedModel) -> None:
-        """Forget the conversations that `generate` keeps on `model`."""
-        KeptConversations.of_models.pop(unwrapped(model), None)
+        """Forget the conversations that `generate` keeps on `model`, wherever it comes from."""
+        all_kept().pop(unwrapped(model), None)
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":

@@ -1,6 +1,7 @@
 """Every way that transformers offers into `generate` leads to the same tokens."""
 
 import copy
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_classes_of_two_doors_know_each_other(model, expected):
             do_sample=False,
         )
         assert torch.equal(rest, expected)
+
+
+def test_conversations_kept_by_one_door_are_counted_and_freed_by_another(model, expected):
+    installed = functools.partial(generate, model)
+    loaded = functools.partial(through_the_folder, model)
+    the_other_class = type(loaded(prompt(5), return_dict_in_generate=True).past_key_values)
+    assert the_other_class is not SinkCache
+    sizes = []
+    for door in (lambda ids, **kwargs: installed(input_ids=ids, **CALL, **kwargs), loaded):
+        assert torch.equal(door(prompt(5), kept_conversations=2), expected)
+        sizes.append(SinkCache.kept_nbytes(model))
+        assert the_other_class.kept_nbytes(model) == sizes[-1]
+        assert torch.equal(door(prompt(5), kept_conversations=2), expected)  # each goes on in its own
+    assert sizes[1] == 2 * sizes[0] > 0
+    the_other_class.forget_kept(model)
+    assert SinkCache.kept_nbytes(model) == the_other_class.kept_nbytes(model) == 0
 
 
 # --- a model repository of one's own, which carries the folder
