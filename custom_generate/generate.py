@@ -2179,6 +2179,41 @@ def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -
     return next((value for value in values if value is not None), None)
 
 
+def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
+    """Raise if the model's `generation_config.json` names what is `missing` of our arguments, and transformers lost it.
+
+    It drops what it doesn't know where a file has `"_from_model_config": true`, as it once wrote it by itself.
+    """
+    if not missing or not getattr(model.generation_config, "_from_model_config", False) or not model.name_or_path:
+        return
+    path = _file_of(model, "generation_config.json")
+    if path is None:
+        # A model that has none gets the same mark. It is found by its `config.json`, if it is where it was.
+        if _file_of(model, "config.json") is None:
+            _logger.warning_once(
+                f"`{missing[0]}` was not given, so it is the default. Whether the model's `generation_config.json` "
+                f"names it can't be seen: {model.name_or_path!r} is not found any more, or not in this revision."
+            )
+        return
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    for name in missing:
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is {settings[name]} in the model's `generation_config.json`, but transformers dropped it: "
+                f'the file says "_from_model_config": true. Delete that entry from {path!r}, or pass `{name}`.'
+            )
+
+
+def _file_of(model: PreTrainedModel, name: str) -> Optional[str]:
+    """The path of a file that was loaded with the model; None if it has no such file, or it can't be found again."""
+    commit = getattr(model.config, "_commit_hash", None)  # until 5.17 a model knows of which commit it is
+    try:
+        return transformers.utils.cached_file(model.name_or_path, name, revision=commit, local_files_only=True)
+    except (OSError, ValueError):  # until 4.57 a folder that is gone is no valid name
+        return None
+
+
 def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
     """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
 
@@ -4570,10 +4605,12 @@ def generate(
     model = model if around is None else around.model
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     keeper = None
-    number, on_cpu = (resolve_setting(model, keeping | kwargs, name) for name in keeping)
+    number, on_cpu = kept = [resolve_setting(model, keeping | kwargs, name) for name in keeping]
     number = checked_number_kept(0 if number is None else number)
     if cache is None:
         settings = {name: resolve_setting(model, window | kwargs, name) for name in window}
+        found = settings | dict(zip(keeping, kept))
+        refuse_dropped_settings(model, [name for name, value in found.items() if value is None])
         cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
         keeper = Keeper(model, number, bool(on_cpu)) if number > 0 else None
     else:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -242,6 +243,47 @@ def test_a_window_from_a_file_that_is_no_number(model):
     model.generation_config.window_length = "16"
     with pytest.raises(TypeError, match="`window_length` must be an int.*'16'"):
         generate(model, input_ids=prompt(5))
+
+
+@pytest.mark.parametrize("door", ["folder", "hub"])
+def test_a_window_in_a_file_from_which_transformers_drops_it_is_named(door, hub, tmp_path):
+    folder = tmp_path / f"dropped-by-{door}"
+    small_model(vocab_size=300).save_pretrained(folder)
+    settings = {"_from_model_config": True, "window_length": 16, "num_sink_tokens": 4, "kept_conversations": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"pad_token_id": 0}))
+    shutil.copytree(ROOT / "custom_generate", folder / "custom_generate")
+    name = loadable(folder) if door == "folder" else "you/dropped"
+    if door == "hub":
+        hub.commit_folder(name, folder)
+    carrying = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    expected = through_the_folder(small_model(vocab_size=300), prompt(5))
+    for model in (carrying.generate, functools.partial(generate, carrying)):
+        for given, named in ({}, "window_length` is 16"), ({"window_length": 16}, "num_sink_tokens` is 4"):
+            with pytest.raises(ValueError, match=f"`{named} in the model's.*Delete that entry.*dropped"):
+                model(**call, **given)
+        with pytest.raises(ValueError, match="`kept_conversations` is 2"):
+            model(**call, window_length=16, num_sink_tokens=4)
+        assert torch.equal(model(**call, window_length=16, num_sink_tokens=4, kept_conversations=0), expected)
+    carrying.generation_config.window_length, carrying.generation_config.num_sink_tokens = 16, 4
+    assert torch.equal(carrying.generate(**call, kept_conversations=1), expected)
+    assert torch.equal(generate(carrying, **call, past_key_values=SinkCache(16, 4)), expected)
+
+
+def test_a_model_without_a_generation_config_and_one_that_is_not_found_again(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(sys.modules[generate.__module__]._logger, "warning_once", warnings.append)
+    folder = tmp_path / "model"
+    small_model(vocab_size=300).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model, call = AutoModelForCausalLM.from_pretrained(folder), dict(input_ids=prompt(5), max_new_tokens=2)
+    generate(model, **call)
+    assert not warnings
+    folder.rename(tmp_path / "moved")
+    generate(model, **call, window_length=16, num_sink_tokens=4, kept_conversations=0, offload_kept_conversations=False)
+    assert not warnings
+    generate(model, **call)
+    assert "`window_length` was not given" in warnings[0] and "is not found any more" in warnings[0]
 
 
 # --- a bound cache, without `custom_generate`
