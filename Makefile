@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 # From 5.8 transformers asks for Python 3.11; an older Python gets the newest release that it can have.
-NEWEST := transformers[serving]==5.24.0 ; python_version >= '3.11'
-OLDEST := 4.52.4
+RELEASES := $(shell sed '/^\#/d; s/ .*//' tests/releases.txt)
+NEWEST := transformers[serving]==$(lastword $(RELEASES)) ; python_version >= '3.11'
+OLDEST := $(firstword $(RELEASES))
 HYBRID := .cache/gemma-3-270m
 MODEL := .cache/SmolLM2-135M-Instruct
 
@@ -98,7 +99,7 @@ architectures: .venv/ready
 push: .venv/ready
 	.venv/bin/python -m tools.push $(REPO) $(ARGS)
 
-.venv/ready: pyproject.toml constraints.txt Makefile
+.venv/ready: pyproject.toml constraints.txt Makefile tests/releases.txt
 	@echo 'Installing torch, transformers and what the tests need in .venv: 1.1 GB, and some GB more if torch brings CUDA.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile -c constraints.txt -e '.[dev]' "$(NEWEST)"

@@ -11,6 +11,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from custom_generate.generate import CACHE, OLDER_NAME, SinkCache, generate
 from tests.support.helpers import prompt, small_model
 
+pytestmark = pytest.mark.newest_only
+
 SETTINGS = dict(max_new_tokens=40, do_sample=False)
 
 

@@ -15,12 +15,8 @@ import torch
 
 from custom_generate.generate import SinkCache
 from tests.support import ROOT
-from tests.support.helpers import on_the_newest
 
-pytestmark = [
-    pytest.mark.slow,
-    on_the_newest,
-]
+pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
-from tests.support.helpers import RELEASE, left_padded, on_the_newest, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
 
 pytestmark = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7") and RELEASE >= Version("5.2"),
@@ -168,7 +168,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
 
 
 @pytest.mark.slow
-@on_the_newest
+@pytest.mark.newest_only
 def test_code_for_this_processor():
     model = model_that_shifts_back()
     config = CompileConfig(fullgraph=True, mode="default")
@@ -179,7 +179,7 @@ def test_code_for_this_processor():
 
 
 @pytest.mark.slow
-@on_the_newest
+@pytest.mark.newest_only
 def test_compiled_code_writes_only_where_cuda_graphs_may():
     """Such code is not recorded as a CUDA graph if it writes into inputs whose place in memory is not known to stay."""
     written, static = [], []

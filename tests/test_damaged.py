@@ -19,6 +19,8 @@ from custom_generate.generate import FORMAT_VERSION, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import prompt, seeded, small_model
 
+pytestmark = pytest.mark.newest_only
+
 # --- damage
 
 

@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from custom_generate.generate import SinkCache
-from tests.support.helpers import IS_NEWEST, left_padded, prompt, small_model
+from tests.support.helpers import left_padded, prompt, small_model
 
-pytestmark = pytest.mark.skipif(not IS_NEWEST, reason="kernels are counted on the newest release")
+pytestmark = pytest.mark.newest_only
 
 BATCHES = {
     "one row": dict(input_ids=prompt(30)),

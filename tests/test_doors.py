@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, dynamic_module_utils, pipeline
 
 from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
@@ -77,6 +77,15 @@ def test_a_hub_id_that_is_not_trusted(hub, model):
 
 
 # --- a folder
+
+
+def test_what_transformers_itself_finds_the_file_to_import(model, expected, imports_found_once, monkeypatch):
+    # In the other tests, a stand-in remembers it.
+    found, find = [], imports_found_once
+    monkeypatch.setattr(dynamic_module_utils, "get_imports", lambda file: found.append(find(file)) or found[-1])
+    assert torch.equal(through_the_folder(model, prompt(5)), expected)
+    third_party = set(found[0]) - sys.stdlib_module_names
+    assert third_party == {"safetensors", "torch", "transformers"}
 
 
 def test_a_folder_under_another_name(model, expected, tmp_path):

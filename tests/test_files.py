@@ -10,6 +10,8 @@ from custom_generate.generate import generate
 from tests.support import ROOT
 from tests.support.helpers import loadable, prompt, small_model
 
+pytestmark = pytest.mark.newest_only
+
 SETTINGS = dict(max_new_tokens=60, do_sample=False)
 FILES = {
     "cache_implementation": "hybrid",

@@ -11,6 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import prompt, small_model
 
+pytestmark = pytest.mark.newest_only
+
 IN_USE = f"`SinkCache` in `{CACHE}` is in use by another call of `generate`"
 SETTINGS = dict(max_new_tokens=20, do_sample=False)
 

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
+
 from tests.support import ROOT
+
+pytestmark = pytest.mark.newest_only
 
 GENERATE = ROOT / "custom_generate/generate.py"
 

@@ -17,7 +17,6 @@ from tests.support.helpers import (
     RELEASE,
     left_padded,
     loadable,
-    on_the_newest,
     prompt,
     seeded,
     small_model,
@@ -107,7 +106,7 @@ def test_the_same_prompt_again_reads_one_token():
         check_as_anew(model, ids, 1)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_an_earlier_message_edited():
     model, ids = small_model(), prompt(40)
     sequences = check_as_anew(model, ids, 40)
@@ -122,7 +121,7 @@ def test_an_earlier_message_edited():
     check_as_anew(model, edited, 3)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_so_many_are_kept_and_the_one_used_longest_ago_makes_room():
     model, conversations = small_model(), [prompt(30, seed=seed) for seed in range(3, 6)]
     for turn in range(3):
@@ -139,7 +138,7 @@ def test_so_many_are_kept_and_the_one_used_longest_ago_makes_room():
     assert read == conversations[2].shape[1]
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_a_turn_does_not_push_its_own_conversation_out():
     model, one, other = small_model(), prompt(30), prompt(30, seed=1)
     for turn in range(4):
@@ -149,7 +148,7 @@ def test_a_turn_does_not_push_its_own_conversation_out():
         one, other = (longer(longer(ids, 5, seed=turn), 7, seed=9) for ids in (one, other))  # answers came back changed
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_conversations_that_begin_alike_are_two():
     model, system = small_model(), prompt(6)
     one, other = (longer(system, 5, seed=seed) for seed in (1, 2))
@@ -159,7 +158,7 @@ def test_conversations_that_begin_alike_are_two():
     check_as_anew(model, longer(other, 7, seed=4), 8, kept_conversations=2)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_an_own_earlier_state_makes_room_first():
     # A template that leaves out the beginning of answers must not fill all places with one conversation.
     model, other = small_model(), check_as_anew(small_model(), prompt(30), 30)
@@ -171,7 +170,7 @@ def test_an_own_earlier_state_makes_room_first():
     check_as_anew(model, longer(other, 7, seed=9), 8, kept_conversations=2)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_the_memory_is_bounded_and_told():
     model, ids = small_model(), prompt(30)
     assert SinkCache.kept_nbytes(model) == 0
@@ -261,7 +260,7 @@ CHANGES = {
 }
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_weights_settings_and_windows_do_not_meet(change):
     model, ids = small_model(), prompt(30)
@@ -273,7 +272,7 @@ def test_other_weights_settings_and_windows_do_not_meet(change):
     assert read == 1  # and what was read since is found
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_adapters_do_not_meet():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
@@ -287,7 +286,7 @@ def test_adapters_do_not_meet():
         check_as_anew(model, ids, ids.shape[1], 4)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_autocast_does_not_meet_the_dtype_of_the_model():
     model, ids = small_model(), prompt(30)
     ids = longer(say(model, ids)[0].sequences, 7, seed=1)
@@ -296,7 +295,7 @@ def test_autocast_does_not_meet_the_dtype_of_the_model():
         assert say(model, ids)[1] == 1
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_two_models_do_not_meet():
     one, other = small_model(), small_model("qwen3")
     ids = longer(say(one, prompt(30))[0].sequences, 7, seed=1)
@@ -304,7 +303,7 @@ def test_two_models_do_not_meet():
     check_as_anew(other, ids, ids.shape[1])
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_what_is_kept_goes_with_its_model():
     model = small_model()
     say(model, prompt(30))
@@ -314,7 +313,7 @@ def test_what_is_kept_goes_with_its_model():
     assert there() is None
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_what_a_caller_gets_is_its_own():
     model, ids = small_model(), prompt(30)
     output, _ = say(model, ids)
@@ -408,7 +407,7 @@ class HangUp(BaseStreamer):
     def end(self): ...
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_an_aborted_answer_leaves_the_prompt(after):
     model, ids = small_model(), prompt(30)
@@ -419,7 +418,7 @@ def test_an_aborted_answer_leaves_the_prompt(after):
     check_as_anew(model, longer(ids, 7, seed=2), 7)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_an_error_in_the_middle_of_a_pass_leaves_what_was_there(at, layer):
@@ -439,7 +438,7 @@ def test_an_error_in_the_middle_of_a_pass_leaves_what_was_there(at, layer):
     check_as_anew(model, ids, 21)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_calls_at_the_same_time():
     model, conversations = small_model(), [prompt(30, seed=seed) for seed in range(2)]
     conversations = [longer(say(model, ids, 2)[0].sequences, 7, seed=3) for ids in conversations]
@@ -462,7 +461,7 @@ def test_calls_at_the_same_time():
         check_as_anew(model, longer(sequences, 7, seed=4), sequences.shape[1] + 7)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("inference_mode", [False, True])
 def test_kept_on_the_cpu(inference_mode):
     model, ids = small_model(), prompt(30)
@@ -478,7 +477,7 @@ def test_embeddings_and_tokens_of_another_type_are_not_kept():
     assert SinkCache.kept_nbytes(model) == 0
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
 def test_a_number_that_is_none(value):
     error = ValueError if value == -1 else TypeError

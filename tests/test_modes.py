@@ -14,6 +14,8 @@ from tests.support.helpers import answer, left_padded, prompt, small_model
 from tests.support.oracle import difference, oracle
 from tests.test_hybrids import SERVED, hybrid
 
+pytestmark = pytest.mark.newest_only
+
 
 def turns(model, *modes, cache=None):
     """The tokens, and the logits of the last, of a turn in each mode."""

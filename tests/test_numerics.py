@@ -8,6 +8,8 @@ import torch
 from custom_generate.generate import SinkCache
 from tests.support.helpers import seeded, small_model
 
+pytestmark = pytest.mark.newest_only
+
 WINDOW, SINKS, HEAD_DIM = 1024, 4, 16
 ROUNDING = 2**-8  # bfloat16 has 8 significant bits
 

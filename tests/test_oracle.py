@@ -8,7 +8,7 @@ from packaging.version import Version
 from transformers import CodeGenConfig, GPTJConfig, MixtralConfig, Phi3Config
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import RELEASE, SMALL, answer, on_the_newest, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, SMALL, answer, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
 
@@ -252,7 +252,7 @@ def test_the_real_model(real_model):
 
 
 @pytest.mark.slow
-@on_the_newest
+@pytest.mark.newest_only
 def test_the_perplexity_of_a_long_prompt_whatever_its_chunks(real_model):
     model, tokenizer = real_model
     tokens = tokenizer(pydoc_data.topics.topics["comparisons"], return_tensors="pt").input_ids[:, :161]

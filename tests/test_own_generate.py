@@ -11,6 +11,8 @@ from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import loadable, prompt, seeded, sharpened, small_model
 
+pytestmark = pytest.mark.newest_only
+
 SETTINGS = dict(max_new_tokens=60, do_sample=False)
 WINDOW = dict(window_length=16, num_sink_tokens=4)
 

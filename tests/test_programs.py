@@ -12,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from custom_generate.generate import SinkCache
 from tests.support.helpers import small_model
 
+pytestmark = pytest.mark.newest_only
+
 HEAD_DIM = 16
 MODELS = {length: small_model(num_hidden_layers=1, max_position_embeddings=length) for length in (8, 11, 512)}
 

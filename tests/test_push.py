@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from custom_generate.generate import __version__
 from tests.support import ROOT
 from tests.support.documents import text_of
 from tests.support.helpers import loadable, prompt, small_model
+
+pytestmark = pytest.mark.newest_only
 
 # The documents, which the README leads to, with all that was measured, and what transformers loads.
 NEEDED = ["CHANGELOG.md", "COMPATIBILITY.md", "CONTRIBUTING.md", "LICENSE", "README.md", "benchmarks/README.md"]

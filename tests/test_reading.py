@@ -8,6 +8,8 @@ from custom_generate.generate import SinkCache, generate
 from tests.support.helpers import SMALL, left_padded, prompt, small_model, stream
 from tests.support.oracle import difference, oracle
 
+pytestmark = pytest.mark.newest_only
+
 
 def error(model, reference=None) -> float:
     """How far a stream of `model` past its window is from the oracle on `reference`, by default on itself."""

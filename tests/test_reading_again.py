@@ -10,6 +10,8 @@ from custom_generate.generate import SinkCache
 from tests.support.helpers import answer, prompt, small_model, stream
 from tests.support.oracle import difference, oracle
 
+pytestmark = pytest.mark.newest_only
+
 
 def error(model) -> float:
     """How far a stream of `model` past its window, in a new cache, is from the oracle on it."""

@@ -18,6 +18,8 @@ from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
 from tests.support.helpers import loadable, prompt, small_model, small_tokenizer
 from tools.real_models import SMOLLM2
 
+pytestmark = pytest.mark.newest_only
+
 VERSION = f"v{__version__}"  # the revision that the documents pin
 
 

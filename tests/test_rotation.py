@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING, CohereConfig, GPTNeoXConfig, PhiConfig
 from custom_generate.generate import SinkCache, generate, read_model
 from tests.support.helpers import SMALL, prompt, small_model
 
+pytestmark = pytest.mark.newest_only
+
 
 @pytest.mark.parametrize(
     "config, layout",

@@ -16,12 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 from tests.support.documents import snippets
-from tests.support.helpers import IS_NEWEST, free_port, loadable
+from tests.support.helpers import free_port, loadable
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not IS_NEWEST, reason="`transformers serve` and `chat` are tried on the newest release only"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
 TURNS = ["It was a dark night, and the lamp", "And then?", "Go on, what did the keeper do?"]
 

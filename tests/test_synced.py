@@ -9,6 +9,8 @@ import torch
 from custom_generate.generate import SinkCache, generate
 from tests.support.helpers import answer, prompt, seeded, small_model
 
+pytestmark = pytest.mark.newest_only
+
 
 class Others:
     """The other ranks, as far as this one can tell: how long they go on, and in how many passes their prompts go in."""

@@ -8,12 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import IS_NEWEST, free_port, left_padded, prompt, small_model
+from tests.support.helpers import free_port, left_padded, prompt, small_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not IS_NEWEST, reason="tensor parallelism on a CPU is tried on the newest release only"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
 
 def say(model) -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ from custom_generate.generate import SinkCache
 from tests.support import ROOT
 from tests.support.helpers import prompt, seeded, small_model, with_the_old_class
 
+pytestmark = pytest.mark.ends_only
+
 FIXTURE = ROOT / "tests/fixtures/unbound.safetensors"
 WINDOW, SINKS, HEADS, HEAD_DIM, LAYERS = 12, 3, 1, 8, 2
 

@@ -24,10 +24,6 @@ from custom_generate.generate import generate
 from tests.support import ROOT
 
 RELEASE = Version(transformers.__version__)
-IS_NEWEST = RELEASE >= Version("5.24")
-on_the_newest = pytest.mark.skipif(
-    not IS_NEWEST, reason="what it shows hardly depends on the release: tried on the newest one"
-)
 with_the_old_class = pytest.mark.skipif(
     RELEASE >= Version("4.53"), reason="transformers.SinkCache was removed in 4.53; `make test` also runs 4.52.4"
 )
