@@ -94,12 +94,11 @@ def answer(carrier, hub):
     return answer
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["at once", "streaming"])
-def test_the_openai_client(stream, server, answer):
+def test_the_openai_client(server, answer):
     from openai import OpenAI
 
     messages, client = [], OpenAI(base_url=f"{server}/v1", api_key="none")
-    for turn in TURNS:
+    for turn, stream in zip(TURNS, (True, False, True)):
         messages.append({"role": "user", "content": turn})
         call = dict(model="you/my_model", messages=messages, max_tokens=60, temperature=0, stream=stream)
         response = client.chat.completions.create(**call)
@@ -176,7 +175,7 @@ def test_kept_conversations(server, answer, carrier, counts, hub, tmp_path):
 
     ask([{"role": "user", "content": "Load the model, and read it."}])
     histories, before = [[], []], [0, 0]  # two conversations, and how long they were
-    for turn in range(20):
+    for turn in range(5):
         for number, messages in enumerate(histories):
             messages.append({"role": "user", "content": f"{TURNS[turn % 3]} ({number}, {turn})"})
             said, read = ask(messages, stream=turn % 2 == 0)
@@ -184,7 +183,7 @@ def test_kept_conversations(server, answer, carrier, counts, hub, tmp_path):
             assert turn == 0 or read <= length(messages) - before[number] + 1
             before[number] = length(messages)
             messages.append({"role": "assistant", "content": said})
-    assert length(messages) > 40 * 16  # windows
+    assert length(messages) > 10 * 16  # windows
 
     edited = copy.deepcopy(histories[0])
     edited[6]["content"] = "Tell it otherwise."

@@ -8,6 +8,7 @@ import torch
 
 from custom_generate.generate import SinkCache, generate
 from tests.support.helpers import answer, prompt, seeded, small_model
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.newest_only
 
@@ -113,10 +114,7 @@ def test_ranks_without_a_process_group_fail_before_a_forward_pass():
 
 def a_rank(number: int, folder: str) -> None:
     """Answer two turns as one of two processes, with each kind of model; write down what was said."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=number, world_size=2, timeout=timedelta(seconds=60)
-    )
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     sharded, waiting = small_model(), small_model()
     torch.distributed.fsdp.fully_shard(sharded)
     for layer in waiting.model.layers:  # as in a sharded model, each layer waits for all ranks
@@ -138,7 +136,7 @@ def turns_of(number: int) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(a_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(a_rank, str(tmp_path))
     for number in range(2):
         model, cache, conversation = small_model(), SinkCache(16, 4), prompt(0)
         said = zip(*(torch.load(tmp_path / f"{name}-{number}") for name in ("sharded", "waiting")))

@@ -1,6 +1,5 @@
 """Two processes that have a share of the heads of each layer (`tp_plan="auto"`) say what one with all of them says."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import free_port, left_padded, prompt, small_model
+from tests.support.helpers import left_padded, prompt, small_model
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
@@ -24,11 +24,8 @@ def say(model) -> dict[str, torch.Tensor]:
     return {"beams": batch, "turns": ids, "cache": cache}
 
 
-def a_rank(number: int, folder: str, port: int) -> None:
+def a_rank(number: int, folder: str) -> None:
     """Write down what one of two processes says, and of whose files it can load a conversation."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto")
     said = say(model)
     cache = said.pop("cache")
@@ -50,7 +47,7 @@ def can_load(path: str, model) -> bool:
 
 def test_two_processes_and_their_files(tmp_path):
     small_model("qwen3").save_pretrained(tmp_path / "model")
-    torch.multiprocessing.spawn(a_rank, (str(tmp_path), free_port()), nprocs=2)
+    run_ranks(a_rank, str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = say(model)
     for number in range(2):
