@@ -1294,7 +1294,7 @@ class ModelTraits:
 SOME_COLUMNS = 16
 
 # Of each model, its traits, and the stamp of what they rest on.
-_readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, ModelTraits]]" = weakref.WeakKeyDictionary()
+_readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[Stamp, ModelTraits]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -1308,10 +1308,25 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
             it gives is no number; or what it does depends on positions themselves, as far as its dtype shows it.
     """
     stamp, traits = _readings.get(model, (None, None))
-    if traits is None or not _is_stamped(model, stamp):
-        traits = _read_anew(model)
-        _readings[model] = _stamp(model), traits
+    if traits is None or not stamp.fits(model):
+        before, traits = Stamp(model), _read_anew(model)
+        before.leave_out_counters(model)
+        _readings[model] = Stamp(model, before.counters), traits
     return traits
+
+
+def after_a_call(model: PreTrainedModel) -> None:
+    """Note what a first call changed on `model`, which it ran: hooks may count, which don't run when it is read."""
+    stamp, _ = _readings.get(model, (None, None))
+    if stamp is not None and not stamp.has_run:
+        stamp.has_run = True
+        stamp.leave_out_counters(model)
+
+
+def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> None:
+    """Remember that `traits` hold up to `reach`, as was found by running `model`."""
+    stamp, _ = _readings[model]
+    _readings[model] = Stamp(model, stamp.counters), replace(traits, reach=reach)
 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
@@ -1464,7 +1479,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
                     )
     if not moved <= allowed:
         raise _not_relative(model, reach, moved, allowed, limit)
-    _readings[model] = _stamp(model), replace(traits, reach=reach)
+    _remember_reach(model, traits, reach)
 
 
 def _read_more_columns(model: PreTrainedModel, traits: ModelTraits, window_length: int) -> None:
@@ -1487,7 +1502,7 @@ def _read_more_columns(model: PreTrainedModel, traits: ModelTraits, window_lengt
             f"it failed with {window_length} columns in its cache: {error}",
             f"`window_length` must be at most {longest}, got {window_length}. ",
         ) from error
-    _readings[model] = _stamp(model), replace(traits, reach=window_length)
+    _remember_reach(model, traits, window_length)
 
 
 def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
@@ -1501,28 +1516,179 @@ def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
     return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
-def _stamp(model: PreTrainedModel) -> tuple[list[weakref.ref], list]:
-    """What the traits of `model` rest on, told without running it.
+# What the traits rest on
 
-    Returns:
-        References to its modules and weights, the same ones as long as none was exchanged; and values: versions and
-        places of the weights, the modules' code and plain settings (training and active adapters among them), the
-        configuration, and what may be frequencies. Not seen are weights changed behind torch's back (`.data`), on which
-        no rotation depends.
+
+class Stamp:
+    """What the traits of a model rest on, told without running it.
+
+    That is: its modules and weights, the same ones as long as none was exchanged; versions and places of the weights;
+    the modules' code and plain settings (training and active adapters among them); the configuration; and what may be
+    frequencies. Not seen are weights changed behind torch's back (`.data`), on which no rotation depends.
+
+    Each call of `generate` compares it, so that is quick: a millisecond for 1,000 modules. It keeps nothing alive.
+
+    Args:
+        counters: for each module, the names of settings that are left out; None if there are none.
+
+    Attributes:
+        has_run: whether a call of `generate` has run the model since.
     """
-    references, values = [], [repr(model.config.to_dict())]
-    for module in model.modules():
-        weights = [weight for weight in module._parameters.values() if weight is not None]
-        # Those that accelerate keeps elsewhere until they are needed come and go.
-        references += map(weakref.ref, [module, *(weight for weight in weights if weight.device.type != "meta")])
-        values += [(weight.dtype, weight.shape, weight.device) for weight in weights]
-        values += [weight._version for weight in weights if not weight.is_inference()]
-        frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if frequencies else []
-        values += [id(code) for code in (vars(module).get("forward"), type(module).forward, *hooks)]
-        plain = {name: copy.deepcopy(value) for name, value in vars(module).items() if _is_plain(value)}
-        values += [frequencies, plain]
+
+    def __init__(self, model: PreTrainedModel, counters: Optional[list[set[str]]] = None):
+        modules = modules_of(model)
+        self.has_run = False
+        self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
+        self._references, self._values = _identities(model, modules)
+        self._angles = list(map(_angles, modules))
+        self._settings = list(map(_settings, modules, self.counters))
+        self._have_settings = list(map(_comparison, modules, self.counters, self._settings))
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether all that is still so."""
+        modules = modules_of(model)
+        references, values = _identities(model, modules)
+        if len(references) != len(self._references) or not all(map(operator.is_, references, self._references)):
+            return False
+        unclear = [number for number, module in enumerate(modules) if not self._have_settings[number](vars(module))]
+        return values == self._values and all(
+            _settings(modules[number], self.counters[number]) == self._settings[number]
+            and _angles(modules[number]) == self._angles[number]
+            for number in unclear
+        )
+
+    def leave_out_counters(self, model: PreTrainedModel) -> None:
+        """Leave out, from now on, numbers that changed or came while `model` ran: it is not the user who sets them."""
+        for number, (module, counters, then) in enumerate(zip(modules_of(model), self.counters, self._settings)):
+            for name, now in _settings(module, counters).items():
+                if _is_number(now) and _is_number(then.get(name, 0)) and then.get(name) != now:
+                    counters.add(name)
+            self._settings[number] = {name: value for name, value in then.items() if name not in counters}
+            self._have_settings[number] = _comparison(module, counters, self._settings[number])
+
+
+def modules_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """`model` and all modules in it, as `model.modules()` in a fifth of the time."""
+    modules, found = [model], {model}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                modules.append(child)
+    return modules
+
+
+def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple[list, list]:
+    """References to what should be the same objects; and values of the weights, their code and the configuration."""
+    classes = list(map(type, modules))
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    references = list(map(weakref.ref, itertools.chain(modules, classes)))
+    # Those that accelerate keeps elsewhere until they are needed come and go.
+    references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
+    values = [weight.dtype for weight in weights]
+    values += [weight.shape for weight in weights]
+    values += [weight.device for weight in weights]
+    values += [weight._version for weight in weights if not weight.is_inference()]
+    values += [known_by(vars(module)["forward"]) for module in modules if "forward" in vars(module)]
+    values += [known_by(getattr(cls, "forward", None)) for cls in dict.fromkeys(classes)]
+    config, inner = model.config, model.config.get_text_config(decoder=True)
+    values += [repr(config.to_dict()), config._attn_implementation, inner._attn_implementation]
     return references, values
+
+
+class _Same(weakref.ref):
+    """A reference that equals another one only while both are to the same object."""
+
+    __hash__ = None
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self() is not None and self() is other()
+
+
+def known_by(value: Any) -> Any:
+    """What equals that of another `value` only if it is the same object, or was made alike of the same ones.
+
+    It keeps none of them alive. A method, or a function with some of its arguments, is known when it is made again.
+    """
+    if type(value) in (type(None), bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return tuple(map(known_by, value))
+    if type(value) is dict:
+        return tuple(map(known_by, value.items()))
+    if type(value) is functools.partial:
+        return known_by((value.func, value.args, value.keywords))
+    if inspect.ismethod(value):
+        return known_by((value.__self__, value.__func__))
+    try:
+        return _Same(value)
+    except TypeError:
+        return object()  # there are no weak references to it, so nobody can tell whether it is the same one
+
+
+def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list[tuple]:
+    """By what hooks before and after a forward are known; transformers' own are left out, which change nothing."""
+    if not before and not after:
+        return []
+    hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
+    return [(is_after, known_by(hook)) for is_after, hook in hooks if not _is_transformers(hook)]
+
+
+def _is_transformers(hook: Callable) -> bool:
+    """Whether the code of a hook comes with transformers."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+# What torch has on each module, and what transformers leaves on a model that gave its hidden states: no settings.
+NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
+
+
+def _settings(module: torch.nn.Module, left_out: set[str]) -> dict[str, Any]:
+    """Copies of the plain settings of `module`, its children left out."""
+    return {
+        name: copy.deepcopy(value)
+        for name, value in vars(module).items()
+        if name not in NO_SETTINGS and name not in left_out and _is_plain(value)
+    }
+
+
+def _angles(module: torch.nn.Module) -> list:
+    """What may be frequencies in `module`, as numbers, and the hooks that may change what it makes of them."""
+    frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
+    hooks = known_hooks(module._forward_pre_hooks, module._forward_hooks) if frequencies else []
+    return frequencies + hooks
+
+
+def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str, Any]) -> Callable[[dict], bool]:
+    """What tells quickly whether `vars(module)` still have these settings, and no tensor beside the weights.
+
+    It says no where that takes longer to tell.
+    """
+    length, no_settings = len(vars(module)), NO_SETTINGS | left_out
+    names = [name for name in vars(module) if name not in no_settings]
+    values = operator.itemgetter(*names) if names else len
+    expected = values({name: settings.get(name, _NO_SETTING) for name in names})
+
+    def has_settings(attributes: dict[str, Any]) -> bool:
+        try:
+            same = len(attributes) == length and expected == values(attributes)
+            return bool(same) and not attributes["_buffers"]
+        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or has become an array
+            return False
+
+    return has_settings
+
+
+class _NoSetting:
+    """Equal to what is neither a setting nor a tensor, which may be frequencies."""
+
+    def __eq__(self, value: Any) -> bool:
+        return not _is_plain(value) and not isinstance(value, torch.Tensor)
+
+
+_NO_SETTING = _NoSetting()
 
 
 def _is_plain(value: Any) -> bool:
@@ -1532,11 +1698,11 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (bool, int, float, str)
 
 
-def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -> bool:
-    """Whether that is still the `stamp` of `model`."""
-    references, values = _stamp(model)
-    same = len(references) == len(stamp[0]) and all(map(operator.is_, references, stamp[0]))
-    return same and values == stamp[1]
+def _is_number(value: Any) -> bool:
+    """Whether a plain value is a number, or a list or dict of some."""
+    if type(value) in (dict, list, tuple):
+        return all(map(_is_number, value.values() if type(value) is dict else value))
+    return type(value) in (int, float)
 
 
 # Runs of a few tokens
@@ -1544,7 +1710,7 @@ def _is_stamped(model: PreTrainedModel, stamp: tuple[list[weakref.ref], list]) -
 
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether the user compiled the model, or parts of it, as its layers."""
-    return any(uncompiled_code(module) or hasattr(module, "_orig_mod") for module in model.modules())
+    return any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
 
 
 def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
@@ -2087,7 +2253,7 @@ def refuse_model(model: PreTrainedModel, window: Window) -> None:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in modules_of(model)):
         raise ValueError(
             f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
             "empty: call `model.eval()` first."
@@ -3465,43 +3631,38 @@ def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fi
 ANSWER_PREFIX = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """What keys and values rest on beside the tokens. Conversations of different ones never meet.
+def basis(model: PreTrainedModel, stream: Stream) -> tuple:
+    """What the keys and values of a `stream` of `model` rest on beside the tokens. Reuse needs it equal.
 
-    Args:
-        window: which tokens are kept.
-        rotations: of the traits. While they are the same object, so are the model's modules, settings and adapters.
-        weights: `some_numbers` of the model.
-        autocast: whether autocast is on, and to which dtype.
+    The rotations stand for the model's modules, settings and adapters: they are the same list as long as these are the
+    same, and the stream keeps that list. Hooks may change keys and values; one that changes what it does without being
+    exchanged can't be seen.
     """
-
-    window: Window
-    rotations: list[Optional[Rotation]]
-    weights: bytes
-    autocast: tuple[bool, torch.dtype]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, stream: Stream) -> "Basis":
-        """That of a `stream` of `model` now."""
-        device = input_device(model).type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return cls(stream.window, stream.traits.rotations, some_numbers(model), autocast)
-
-    def equals(self, other: "Basis") -> bool:
-        same = (self.window, self.weights, self.autocast) == (other.window, other.weights, other.autocast)
-        return same and self.rotations is other.rotations
+    device = input_device(model).type
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torchs = torch.nn.modules.module
+    hooks = known_hooks(torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
+    for number, module in enumerate(modules_of(model)):
+        hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
+    return stream.window, id(stream.traits.rotations), some_numbers(model), autocast, hooks
 
 
+@torch.no_grad()
 def some_numbers(model: PreTrainedModel) -> bytes:
     """16 numbers of each weight and buffer, which tell of those that were changed behind torch's back (`.data`)."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for weight in itertools.chain(model.parameters(), model.buffers()):
+    numbers: dict[tuple, list[torch.Tensor]] = {}
+    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
+    for tensor in itertools.chain.from_iterable(tensors):
         # Left out are those that accelerate keeps elsewhere until they are needed, and those that are no plain tensors.
-        if type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.numel() > 0:
-            numbers = weight.data.reshape(-1)[:: max(weight.numel() // 16, 1)]
-            by_device.setdefault(weight.device, []).append(numbers.float())
-    return b"".join(torch.cat(numbers).cpu().numpy().tobytes() for numbers in by_device.values())
+        if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
+            continue
+        count = min(tensor.numel(), 16)
+        if tensor.is_contiguous():  # at once, without the views between
+            some = tensor.as_strided((count,), (tensor.numel() // count,))
+        else:
+            some = tensor.reshape(-1)[:: tensor.numel() // count]
+        numbers.setdefault((tensor.device, tensor.dtype), []).append(some)
+    return b"".join(torch.cat(each).float().cpu().numpy().tobytes() for each in numbers.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -3510,12 +3671,12 @@ class Conversation:
 
     Args:
         ids: int32 `[batch, columns]` on the CPU, all that were seen: 4 bytes for each.
-        basis: what it rests on.
+        basis: what it rests on: see the function of that name.
         places: its streams as they were there, the latest last. They never change, since calls go on in copies.
     """
 
     ids: torch.Tensor
-    basis: Basis
+    basis: tuple
     places: list[Stream]
 
     def common_length(self, ids: torch.Tensor) -> int:
@@ -3595,7 +3756,7 @@ class Keeper:
     def __init__(self, model: PreTrainedModel, number: int, on_cpu: bool):
         self.model, self.number, self.on_cpu = model, number, on_cpu
         self.kept = all_kept().setdefault(model, {}).setdefault(KeptConversations, KeptConversations())
-        self.basis: Optional[Basis] = None
+        self.basis: tuple = ()
         self.places: list[Stream] = []
         self.before: Optional[Conversation] = None
 
@@ -3606,8 +3767,8 @@ class Keeper:
             ids: int64 `[batch, columns]`, the prompt.
             pads: `[rows]`, its columns of left padding.
         """
-        self.basis, ids = Basis.of(self.model, stream), ids.to("cpu", torch.int32)
-        alike = [other for other in self.kept.conversations if other.basis.equals(self.basis)]
+        self.basis, ids = basis(self.model, stream), ids.to("cpu", torch.int32)
+        alike = [other for other in self.kept.conversations if other.basis == self.basis]
         found = [(*conversation.nearest(ids, pads, most), conversation) for conversation in alike]
         end, place, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
         if place is None:
@@ -4215,6 +4376,7 @@ class StreamedCall:
             stream.transcript.forget_from(stream.seen)
             stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
+            after_a_call(self.model)
 
     # The methods that stand in place of the model's, in the order in which a loop calls them
 

@@ -1,7 +1,9 @@
 """`kept_conversations`: a call that sends a whole conversation again reads only what is new, and says the same."""
 
 import contextlib
+import functools
 import gc
+import sys
 import threading
 import weakref
 
@@ -25,6 +27,7 @@ from tests.support.helpers import (
 from tests.support.oracle import difference
 from tests.test_hybrids import SERVED, hybrid
 
+reading = sys.modules["custom_generate.generate"]  # the package has the function by that name
 NEW_TOKENS = 10
 SETTINGS = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 SETTINGS |= dict(return_dict_in_generate=True, output_logits=True)
@@ -35,11 +38,16 @@ WITH_DRAFTS = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=210,
 @contextlib.contextmanager
 def counting_tokens(model):
     """A list of how many tokens of a row each forward pass within the block got, but for those that read the model."""
-    fed = []
+    fed, embed = [], torch.nn.functional.embedding
     SinkCache(24, 4).bind(model)
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: fed.append(args[0].shape[1]))
-    yield fed
-    hook.remove()
+
+    def counted(ids, *args, **kwargs):
+        fed.append(ids.shape[1])
+        return embed(ids, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:  # a hook would make it another model
+        patch.setattr(torch.nn.functional, "embedding", counted)
+        yield fed
 
 
 def say(model, ids, kept_conversations=1, window_length=16, **kwargs):
@@ -500,3 +508,124 @@ def test_compiled_steps():
         ids = longer(sequences, 7, seed=turn)
         _, read = say(model, ids)
         assert read == 8
+
+
+def steered(module, args, output, by=1.0):
+    return output * by
+
+
+HOOKS = {
+    "a hook": lambda model: model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 0.5),
+    "a hook before": lambda model: model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: (2 * args[0],)
+    ),
+    "a hook of all modules": lambda model: torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if module is model.model.layers[0].mlp else None
+    ),
+    "a function with an argument": lambda model: model.model.layers[0].mlp.register_forward_hook(
+        functools.partial(steered, by=3.0)
+    ),
+}
+
+
+@on_the_newest
+@pytest.mark.parametrize("hooked", HOOKS)
+def test_what_hooks_changed_does_not_meet_what_they_did_not(hooked):
+    model = small_model()
+    ids = longer(check_as_anew(model, prompt(30), 30, 2), 7, seed=1)
+    hook = HOOKS[hooked](model)
+    try:
+        _, read = say(model, ids, 2)
+        assert read == ids.shape[1]
+        ids = longer(check_as_anew(model, ids, 1, 2), 7, seed=2)
+        check_as_anew(model, ids, 8, 2)
+    finally:
+        hook.remove()
+    _, read = say(model, ids, 2)
+    assert read > 8
+    check_as_anew(model, ids, 1, 2)
+
+
+@on_the_newest
+def test_a_hook_that_is_made_again_for_each_call_is_known_by_what_it_is_made_of():
+    class Steering:
+        def after(self, module, args, output):
+            return output + 0.5
+
+    model, steering, ids = small_model(), Steering(), prompt(30)
+    for made in (lambda: steering.after, lambda: functools.partial(steered, by=2.0)):
+        for turn in range(3):
+            hook = model.model.layers[0].mlp.register_forward_hook(made())
+            ids = longer(check_as_anew(model, ids, 8 if turn else ids.shape[1]), 7, seed=turn)
+            hook.remove()
+
+
+@on_the_newest
+def test_hooks_by_which_transformers_gives_hidden_states_change_nothing():
+    model = small_model()
+    ids = longer(check_as_anew(model, prompt(30), 30), 7, seed=1)
+    ids = longer(check_as_anew(model, ids, 8, output_hidden_states=True, output_attentions=True), 7, seed=2)
+    check_as_anew(model, ids, 8)
+
+
+@on_the_newest
+def test_rows_with_adapters_of_their_own_do_not_meet():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with seeded():
+        model = peft.get_peft_model(small_model(), config).eval()
+        model.add_adapter("other", config)
+    ids = prompt(30, rows=2)
+
+    def says(names, kept_conversations=2):
+        stream = dict(custom_generate=loadable(ROOT), trust_remote_code=True, window_length=16, adapter_names=names)
+        stream |= dict(kept_conversations=kept_conversations, **SETTINGS)
+        with counting_tokens(model.base_model.model) as fed:
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **stream)
+        return torch.stack(output.logits).flatten(0, 1), sum(fed) - NEW_TOKENS + 1
+
+    says(None, 0)  # the model is read
+    for names in (["default", "other"], ["other", "__base__"]):
+        logits, read = says(names)
+        assert read == 30
+        again, read = says(names)
+        assert read == 1
+        anew, _ = says(names, 0)
+        assert difference(logits, anew) < 1e-5 and difference(again, anew) < 1e-5
+
+
+def counted_by_a_hook(model):
+    def count(module, args):
+        module.calls = getattr(module, "calls", 0) + 1
+        module.seen["tokens"] += args[0].shape[1]
+
+    for layer in model.model.layers:
+        layer.mlp.seen = {"tokens": 0}
+        layer.mlp.register_forward_pre_hook(count)
+
+
+def counted_by_its_code(model):
+    class Counted(type(model.model.layers[0].mlp)):
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return super().forward(*args, **kwargs)
+
+    for layer in model.model.layers:
+        layer.mlp.__class__, layer.mlp.calls = Counted, 0
+
+
+@on_the_newest
+@pytest.mark.parametrize("counted", [counted_by_a_hook, counted_by_its_code])
+def test_a_model_that_counts_is_read_once(counted, monkeypatch):
+    model, ids, readings = small_model(), prompt(30), []
+    counted(model)
+    read_anew = reading._read_anew
+    monkeypatch.setattr(reading, "_read_anew", lambda model: readings.append(model) or read_anew(model))
+    for turn in range(3):
+        ids = longer(check_as_anew(model, ids, 8 if turn else 30), 7, seed=turn)
+    assert len(readings) == 1
+    # What the user sets between calls is no counter.
+    model.model.layers[0].self_attn.scaling = 0.3
+    ids = longer(check_as_anew(model, ids, ids.shape[1]), 7, seed=5)
+    check_as_anew(model, ids, 8)
+    assert len(readings) == 2

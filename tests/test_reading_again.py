@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import SinkCache, Stamp
 from tests.support.helpers import answer, prompt, small_model, stream
 from tests.support.oracle import difference, oracle
 
@@ -181,3 +181,88 @@ def test_equal_models_are_one():
     with pytest.raises(ValueError, match="`model` rotates its keys otherwise"):
         next_turn(wide, cache, tokens)
     next_turn(model, cache, tokens)
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+
+
+def weight_exchanged(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def a_class_patched(model):
+    mlp = model.model.layers[0].mlp
+    mlp.__class__ = type("Patched", (type(mlp),), {"forward": lambda self, states: states})
+
+
+def within(name, value):
+    """Sets an attribute of an attention, or an entry of its `scalings`."""
+
+    def change(model):
+        attention = model.model.layers[1].self_attn
+        if name == "scalings":
+            attention.scalings["default"] = value
+        else:
+            setattr(attention, name, value)
+
+    return change
+
+
+SEEN = {
+    "a weight in place": in_place,
+    "a weight exchanged": weight_exchanged,
+    "dtype": lambda model: model.bfloat16(),
+    "another device": lambda model: model.lm_head.to("meta"),
+    "a module exchanged": lambda model: setattr(model.model, "norm", copy.deepcopy(model.model.norm)),
+    "a class patched": a_class_patched,
+    "training": lambda model: model.model.layers[1].train(),
+    "a number": within("scaling", 0.3),
+    "an entry": within("scalings", 2.0),
+    "a number that was none": within("nothing", 1),
+    "a vector that was none": within("nothing", torch.ones(4)),
+    "a vector that was a number": within("scaling", torch.ones(4)),
+    "a number that was not there": within("new", 1),
+    "the configuration": lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
+    "the attention's implementation": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+def stamped():
+    """A model with settings of several kinds, and the stamp of it."""
+    model = small_model()
+    attention = model.model.layers[1].self_attn
+    attention.scalings, attention.nothing, attention.calls = {"default": 1.0}, None, 0
+    return model, Stamp(model)
+
+
+@pytest.mark.parametrize("change", SEEN)
+def test_a_stamp_sees(change):
+    model, stamp = stamped()
+    assert stamp.fits(model)
+    SEEN[change](model)
+    assert not stamp.fits(model)
+    assert Stamp(model).fits(model)
+
+
+def test_a_stamp_does_not_see_what_is_no_setting():
+    model, stamp = stamped()
+    attention = model.model.layers[1].self_attn
+    attention.nothing, attention.more = [torch.ones(2, 3)], object()
+    attention.scalings = dict(attention.scalings)
+    model(input_ids=prompt(3), output_hidden_states=True)
+    assert stamp.fits(model)
+
+
+def test_a_stamp_leaves_out_what_a_model_counts_and_nothing_else():
+    model, stamp = stamped()
+    attention = model.model.layers[1].self_attn
+    attention.calls, attention.more, attention.training = 5, 7.5, True
+    stamp.leave_out_counters(model)
+    attention.training = False
+    assert stamp.fits(model)
+    attention.calls, attention.more = 6, 8
+    assert stamp.fits(model)
+    attention.scaling = 0.3
+    assert not stamp.fits(model)
