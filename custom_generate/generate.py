@@ -2242,7 +2242,39 @@ def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
                 "its adapter puts what it learned before the prompt, where a stream counts no tokens. Use another kind "
                 "of adapter, as LoRA.",
             )
+    _refuse_adapters(inner)
     return inner
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    """Raise if an active adapter of peft looks at more than the tokens of one forward pass."""
+    configs = getattr(model, "peft_config", None)
+    reasons = {name: _looks_further(config) for name, config in (configs if isinstance(configs, dict) else {}).items()}
+    active = set()
+    for module in modules_of(model) if any(reasons.values()) else ():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, list) and not module.disable_adapters:
+            active.update(names)
+        for hook in module._forward_pre_hooks.values():  # an adapter for each row
+            active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
+    for name, reason in reasons.items():
+        # An X-LoRA stands in no layer: it mixes those that do.
+        if reason is not None and (name in active or (active and configs[name].peft_type == "XLORA")):
+            raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
+
+
+def _looks_further(config: Any) -> Optional[str]:
+    """Why an adapter of peft with this configuration can't be streamed; None if nothing is known against it."""
+    if getattr(config, "alora_invocation_tokens", None):
+        return (
+            "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
+            "once (`alora_invocation_tokens`), and a long prompt comes in parts"
+        )
+    if getattr(config, "peft_type", None) == "SHADOW":
+        return "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
+    if getattr(config, "peft_type", None) == "XLORA":
+        return "peft runs the model twice in each forward pass, with one cache"
+    return None
 
 
 # Models

@@ -140,6 +140,47 @@ def test_an_adapter_that_puts_something_before_the_prompt_is_refused(kind, door)
         stream(door, model, prompt(3))
 
 
+def of_a_kind_that_looks_further(peft, kind, folder):
+    """A small model with an adapter that looks at more than the tokens of one forward pass, and 30 tokens."""
+    model, ids, lora = small_model(use_cache=kind != "xlora"), prompt(30), dict(init_lora_weights=False, r=4)
+    lora |= dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    if kind == "activated":
+        config = peft.LoraConfig(**lora, alora_invocation_tokens=ids[0, 20:23].tolist())
+    elif kind == "shadow":
+        config = peft.ShadowConfig(task_type="CAUSAL_LM")
+    else:
+        peft.get_peft_model(small_model(), peft.LoraConfig(**lora)).save_pretrained(folder)
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters={"0": str(folder)})
+    return peft.get_peft_model(model, config).eval(), ids, lora
+
+
+@on_the_newest
+@pytest.mark.parametrize("kind", ["activated", "shadow", "xlora"])
+def test_an_adapter_that_looks_further_than_one_forward_pass_is_refused(kind, tmp_path):
+    peft = pytest.importorskip("peft", "0.21")
+    model, ids, lora = of_a_kind_that_looks_further(peft, kind, tmp_path)
+    passes = []
+    model.get_input_embeddings().register_forward_hook(lambda *args: passes.append(1))
+    for door in (
+        lambda: SinkCache(16, 4).bind(model),
+        lambda: SinkCache(16, 4).bind(model.get_base_model()),
+        lambda: generate(model, 16, 4, input_ids=ids),
+    ):
+        with pytest.raises(ValueError, match="can't be streamed: of its adapter 'default', peft "):
+            door()
+    assert not passes
+    if kind != "xlora":  # which peft leaves on in part
+        with model.disable_adapter():
+            SinkCache(16, 4).bind(model)
+    if kind == "activated":
+        model.add_adapter("other", peft.LoraConfig(**lora))
+        model.set_adapter("other")
+        assert error("generate", model, model) < 1e-5
+        names = dict(adapter_names=["default"], custom_generate=loadable(ROOT), trust_remote_code=True)
+        with pytest.raises(ValueError, match="of its adapter 'default', peft switches it on from a token"):
+            model.generate(input_ids=ids, **names)
+
+
 # --- compiled
 
 
