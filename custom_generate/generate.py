@@ -49,8 +49,10 @@ import threading
 import types
 import weakref
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import CellType, FunctionType, MethodType
 from typing import Any, Optional, Union
 
 import safetensors
@@ -1309,7 +1311,9 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
     """
     stamp, traits = _readings.get(model, (None, None))
     if traits is None or not stamp.fits(model):
-        before, traits = Stamp(model), _read_anew(model)
+        before = Stamp(model)
+        with without_hooks(model) as stand_in:
+            traits = _read_anew(stand_in)
         before.leave_out_counters(model)
         _readings[model] = Stamp(model, before.counters), traits
     return traits
@@ -1330,7 +1334,7 @@ def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> 
 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
-    """`read_model`, whatever was read of the model before."""
+    """`read_model` of a model `without_hooks`, whatever was read of it before."""
     if not hasattr(model.get_input_embeddings(), "weight"):
         raise cant_stream(
             model, "it has more than one table of embeddings, as where a token is several codes of a sound."
@@ -1360,15 +1364,11 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     """
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(trained_length(model.config) or 1024, 1024) - 1
-    try:
+    failed = f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read"
+    with telling(lambda error: _unreadable(model, f"{failed}: {error}")):
         before, after = _cached_at(model, 0), _cached_at(model, distance)
         rounding, here = _rounding(model, before), _logits_at(model, 0)
         moved, allowed = _difference_when_moved(model, here, distance, rounding)
-    except Exception as error:
-        raise _unreadable(
-            model,
-            f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read: {error}",
-        ) from error
     _refuse_no_numbers(model, before, moved)
     (before, before_of_index), (after, after_of_index) = without_index(before), without_index(after)
     rotations = _fit_rotations(model, before, after, distance, rounding)
@@ -1398,18 +1398,20 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
     Raises:
         ValueError: it is no such model. `reason` is why its positions don't serve either.
     """
-    try:
+
+    def refusal(error: Exception) -> ValueError:
+        seen = error if type(error) is ValueError else f"it failed on a few tokens ({error!r})"
+        return _unreadable(
+            model,
+            f"{reason}. Nor does it go by the columns of its cache, as with ALiBi: {seen}. Use a model with rotary "
+            "position embeddings (RoPE) or ALiBi.",
+        )
+
+    with telling(refusal):
         if _keeps_states(model) or any(type(layer).__name__ in UNTOUCHED_LAYERS for layer in default_layers(model)):
             raise ValueError("some of its layers slide or keep a state, and know no columns")
         cached, rounding = _refuse_places(model, SOME_COLUMNS)
         _refuse_seen_padding(model, rounding)
-    except Exception as error:
-        seen = error if type(error) is ValueError else f"it failed on a few tokens ({error!r})"
-        raise _unreadable(
-            model,
-            f"{reason}. Nor does it go by the columns of its cache, as with ALiBi: {seen}. Use a model with rotary "
-            "position embeddings (RoPE) or ALiBi.",
-        ) from error
     unmoved = [None] * len(cached)
     return _traits(model, unmoved, unmoved, cached, rounding, SOME_COLUMNS, ordered=True)
 
@@ -1451,18 +1453,27 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
     Raises:
         ValueError: `model` fails there, rotates its keys otherwise, or what its tokens see of each other changes.
     """
-    if traits.ordered:
-        _read_more_columns(model, traits, window_length)
-        return
+    reach = window_length if traits.ordered else reach
     if reach <= traits.reach:
         return
     named = traits.trained_length is not None and traits.trained_length < window_length
     limit = f"`window_length` must be at most {traits.trained_length}, got {window_length}. " if named else ""
-    try:
+    with without_hooks(model) as stand_in:
+        if traits.ordered:
+            failed = f"it failed with {reach} columns in its cache"
+            with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
+                _refuse_places(stand_in, reach)
+        else:
+            _read_further_positions(stand_in, traits, reach, limit)
+    _remember_reach(model, traits, reach)
+
+
+def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
+    """`read_further` of a model that takes positions; `limit` is what would avoid an error, or empty."""
+    failed = f"it failed on a few tokens at position {reach}"
+    with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
         before, after = _cached_at(model, 0), _cached_at(model, reach)
         moved, allowed = _difference_when_moved(model, _logits_at(model, 0), reach, traits.rounding)
-    except Exception as error:
-        raise _unreadable(model, f"it failed on a few tokens at position {reach}: {error}", limit) from error
     tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
     own_and_index = zip((traits.rotations, traits.index_rotations), without_index(before), without_index(after))
     for rotations, here, there in own_and_index:
@@ -1479,36 +1490,12 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
                     )
     if not moved <= allowed:
         raise _not_relative(model, reach, moved, allowed, limit)
-    _remember_reach(model, traits, reach)
-
-
-def _read_more_columns(model: PreTrainedModel, traits: ModelTraits, window_length: int) -> None:
-    """Raise unless `traits` hold for a cache of `window_length` columns too, and remember that they do."""
-    if window_length <= traits.reach:
-        return
-    try:
-        _refuse_places(model, window_length)
-    except Exception as error:
-        longest, tried = traits.reach, window_length
-        while tried - longest > 1:  # between one that serves and one that does not
-            middle = (longest + tried) // 2
-            try:
-                _refuse_places(model, middle)
-                longest = middle
-            except Exception:
-                tried = middle
-        raise _unreadable(
-            model,
-            f"it failed with {window_length} columns in its cache: {error}",
-            f"`window_length` must be at most {longest}, got {window_length}. ",
-        ) from error
-    _remember_reach(model, traits, window_length)
 
 
 def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
     """The fingerprint of `model`, which has these traits, as it is now."""
-    with torch.no_grad():
-        return _fingerprint(_run_on_columns(model, 1)[0] if traits.ordered else _cached_at(model, 0))
+    with torch.no_grad(), without_hooks(model) as stand_in:
+        return _fingerprint(_run_on_columns(stand_in, 1)[0] if traits.ordered else _cached_at(stand_in, 0))
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
@@ -1705,7 +1692,32 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-# Runs of a few tokens
+# Errors that tell of a model, or of what a file holds for it.
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS += (safetensors.SafetensorError,)
+
+# Errors among them that tell of the machine: its memory, its devices, its other processes. Not every torch has all.
+_classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
+MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
+# What stands in errors of the same kind that have no class of their own.
+MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raise `tell(error)` for an error of the block that tells of a model or of a file.
+
+    Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
+    """
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
+            raise
+        raise tell(error) from error
+
+
+# The model without what others put on it
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
@@ -1724,10 +1736,150 @@ def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
     return uncompiled
 
 
+# Whose hooks a model needs to work: they gather its weights, or move them and what it computes.
+NEEDED_HOOKS = ("torch.distributed.", "torch.nn.", "transformers.", "accelerate.", "deepspeed.", "peft.")
+
+# So deep a forward is wrapped at most: a function that is in its own closure has no end.
+MOST_WRAPPERS = 8
+
+# Where a module has its hooks, and which of them take keyword arguments.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS_WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+
+
+@contextlib.contextmanager
+def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
+    """A stand-in that runs as `model` does, but uncompiled and without the hooks that users and their tools put on it.
+
+    Such hooks are for the user's texts: they count, keep or change what they see. The model stays as it is, as other
+    threads may run it. Instead each of its modules gets a stand-in, which calls the stand-ins of others. They share the
+    weights. What a module sets on itself as it runs, its hooks and its buffers, each stand-in has for itself.
+    """
+    modules = list(model.modules())
+    stand_ins = {id(module): shared(module) for module in modules}
+    for module in modules:  # to compile would take longer, and for a few tokens only
+        if hasattr(module, "_orig_mod"):
+            stand_ins[id(module)] = stand_ins[id(module._orig_mod)]
+    for module in modules:
+        if not hasattr(module, "_orig_mod"):
+            _part_from(module, stand_ins)
+    try:
+        yield stand_ins[id(model)]
+    finally:
+        for stand_in in stand_ins.values():
+            vars(stand_in).clear()  # they hold each other, and the weights
+
+
+def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
+    """Give the stand-in of `module` all that it has for itself; `stand_ins` has them by the ids of their modules."""
+    stand_in = stand_ins[id(module)]
+    own = vars(stand_in)
+    own.update(uncompiled_code(module))
+    if hasattr(type(own.get("forward")), "__deepcopy__"):  # as of a tool that has an object in its place
+        own["forward"] = copy.deepcopy(own["forward"], dict(stand_ins))
+    own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
+    own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
+    own.update({name: copy.copy(own[name]) for name in ("_buffers", *HOOKS_WITH_KWARGS)})
+    for name in HOOKS:
+        needed = [(key, hook) for key, hook in own[name].items() if _is_needed(hook, module)]
+        own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
+    # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
+    own["_compiled_call_impl"] = functools.partial(_call_with_own_hooks, stand_in)
+
+
+def _is_needed(hook: Callable, module: torch.nn.Module) -> bool:
+    """Whether a model does not work as it should without a `hook` on its `module`."""
+    code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
+    if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
+        return True
+    # Users change the rotation of keys by a hook on what makes it.
+    return any(
+        frequencies.any() and (frequencies >= 0).all() and (frequencies.diff() <= 0).all()
+        for frequencies in _frequencies(module)
+    )
+
+
+def is_of_rows(hook: Callable) -> bool:
+    """Whether a hook is one that peft puts on for a single call, about the rows of its batch (`adapter_names`)."""
+    return isinstance(hook, functools.partial) and str(getattr(hook.func, "__module__", None)).startswith("peft.")
+
+
+@contextlib.contextmanager
+def adapters_of_rows(model: Any) -> Iterator[None]:
+    """After an error in the block, take such hooks off the model: peft does so only after a call that went well."""
+    try:
+        yield
+    except BaseException:
+        for module in model.modules() if isinstance(model, torch.nn.Module) else []:
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if is_of_rows(hook):
+                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        raise
+
+
+def _call_hook(hook: Callable, module: torch.nn.Module, stand_in: Any, *args: Any) -> Any:
+    """Call a `hook` as on its own `module`: some look up what they know of it."""
+    return hook(module, *args)
+
+
+def _call_with_own_hooks(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Module.__call__` with the forward hooks of the stand-in alone."""
+    for key, hook in stand_in._forward_pre_hooks.items():
+        if key in stand_in._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(stand_in, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(stand_in, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    output = stand_in.forward(*args, **kwargs)
+    for key, hook in stand_in._forward_hooks.items():
+        inputs = (args, kwargs) if key in stand_in._forward_hooks_with_kwargs else (args,)
+        changed = hook(stand_in, *inputs, output)
+        output = output if changed is None else changed
+    return output
+
+
+def _rebound(value: Any, stand_ins: dict[int, Any], depth: int = 0) -> Any:
+    """`value`, with each module in it exchanged for its stand-in: in methods, partial functions and closures."""
+    if isinstance(value, torch.nn.Module):
+        return stand_ins.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, stand_ins))
+    if depth == MOST_WRAPPERS:
+        return value
+    if isinstance(value, functools.partial):
+        args = [_rebound(each, stand_ins, depth + 1) for each in (value.func, *value.args)]
+        rebound = functools.partial(*args, **value.keywords)
+    elif isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(_rebound_cell(cell, stand_ins, depth + 1) for cell in value.__closure__)
+        if all(map(operator.is_, cells, value.__closure__)):
+            return value
+        rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        rebound.__kwdefaults__ = value.__kwdefaults__
+    else:
+        return value
+    return functools.update_wrapper(rebound, value)  # it has the signature
+
+
+def _rebound_cell(cell: CellType, stand_ins: dict[int, Any], depth: int) -> CellType:
+    """A cell of a closure for `_rebound`: the same one unless that changes what is in it."""
+    try:
+        value = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    rebound = _rebound(value, stand_ins, depth)
+    return cell if rebound is value else CellType(rebound)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model knows. The table of their embeddings may be empty as long as it does not run."""
+    named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    return min(size for size in (named, model.get_input_embeddings().weight.shape[0]) if size)
+
+
 def some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Four rows of `length` tokens, int64."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.arange(4 * length, dtype=torch.long, device=input_device(model)).view(4, length) % vocabulary
+    tokens = torch.arange(4 * length, dtype=torch.long, device=input_device(model)).view(4, length)
+    return tokens % vocabulary(model)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -1748,18 +1900,15 @@ def _run(
     Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
     """
     cache = default_cache(model.config) if cache is None else cache
-    runs = shared(model)  # uncompiled: to compile would take longer, and for these few tokens only
-    vars(runs).update(uncompiled_code(model))
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
         kwargs["position_ids"] = positions.expand(len(tokens), -1)
-    return runs(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
+    return model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
 
 
 def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
     """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = [[vocabulary * part // 8] for part in (1, 3, 5, 7)]
+    tokens = [[vocabulary(model) * part // 8] for part in (1, 3, 5, 7)]
     return torch.tensor(tokens, dtype=torch.long, device=input_device(model))
 
 
@@ -1866,9 +2015,9 @@ def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> 
 
     Sines and cosines have the embedded tokens' dtype, whatever that of the keys.
     """
-    embedded = model.get_input_embeddings()(some_tokens(model, 1))
-    dtypes = {model.dtype, embedded.dtype, *(states.dtype for layer in cached for states in layer.values())}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    dtypes = {model.dtype, model.get_input_embeddings().weight.dtype}
+    dtypes |= {states.dtype for layer in cached for states in layer.values()}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
 def _allowed_logits(output: Any) -> torch.Tensor:
@@ -2111,7 +2260,7 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
 def trained_length(config: Any) -> Optional[int]:
     """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
     config = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings")
+    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings", "max_seq_len")
     names += ("floor_scale",)  # which scales queries
     named = [getattr(config, name, None) for name in names]
     named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
@@ -2329,12 +2478,9 @@ def _refuse_layers(model: PreTrainedModel) -> None:
     kinds, hybrid = set(layer_kinds(config)), getattr(config, HYBRID_MARKER, None)
     if slides_everywhere(model) and not hybrid:
         return
-    try:
+    failed = f"transformers {transformers.__version__} can't make a cache for it"
+    with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
         own = default_layers(model)
-    except Exception as error:
-        raise cant_stream(
-            model, f"transformers {transformers.__version__} can't make a cache for it: {error}"
-        ) from error
     classes = {type(layer).__name__ for layer in own}
     unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *UNTOUCHED_LAYERS}))
     if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
@@ -3598,7 +3744,8 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
         ValueError: it is another file, or not a whole one.
         OSError: it can't be read.
     """
-    try:
+    wanted = f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}"
+    with telling(lambda error: ValueError(f"{wanted}: {error}")):  # also of a torch that doesn't know a dtype
         with safetensors.safe_open(path, "pt") as file:
             if "sink_cache" not in (file.metadata() or {}):
                 raise ValueError("its metadata has no entry `sink_cache`")
@@ -3608,12 +3755,6 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return header["__metadata__"]["sink_cache"], tensors
-    except OSError:
-        raise
-    except Exception as error:  # of safetensors, or of a torch that doesn't know a dtype
-        raise ValueError(
-            f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}: {error}"
-        ) from error
 
 
 def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -4240,17 +4381,19 @@ class SinkCache(Cache):
             OSError: `path` can't be read.
         """
         text, tensors = read_file(path)
-        try:
+
+        def refusal(error: Exception) -> ValueError:
+            reason = str(error)
+            if not isinstance(error, ValueError):  # as of another release of transformers, or no file of ours
+                reason = f"what it holds does not fit the layers that this model has here ({error!r})"
+            return ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {reason}")
+
+        with telling(refusal):
             state = checked_state(text, tensors)
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
             model, stream = cache._bound_model, cache.held
             refuse_other_model(tensors, stream.traits, read_fingerprint(model, stream.traits))
             unpack(stream, state, tensors, input_device(model))
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            reason = str(error)
-            if not isinstance(error, ValueError):  # as of another release of transformers, or no file of ours
-                reason = f"what it holds does not fit the layers that this model has here ({error!r})"
-            raise ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {reason}") from error
         return cache
 
     # One call at a time
@@ -4408,6 +4551,7 @@ class StreamedCall:
             stream.transcript.forget_from(stream.seen)
             stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
+            vars(self.stand_in).update(vars(self.model))  # DeepSpeed keeps what ran, and looks at it in the next run
             after_a_call(self.model)
 
     # The methods that stand in place of the model's, in the order in which a loop calls them
@@ -4777,9 +4921,22 @@ def generate(
         "kept_conversations": kept_conversations,
         "offload_kept_conversations": offload_kept_conversations,
     }
+    own = dict(zip(OWN_ARGUMENTS, (model, window_length, num_sink_tokens, prefill_progress)))
     if args:
-        own = (model, window_length, num_sink_tokens, prefill_progress)
-        return generate(**_by_name(args, dict(zip(OWN_ARGUMENTS, own)) | keeping | kwargs))
+        return generate(**_by_name(args, own | keeping | kwargs))
+    with adapters_of_rows(model):
+        return _generate_by_name(keeping=keeping, kwargs=kwargs, **own)
+
+
+def _generate_by_name(
+    model: Any,
+    window_length: Optional[int],
+    num_sink_tokens: Optional[int],
+    prefill_progress: bool,
+    keeping: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`generate` with its arguments about conversations that are kept in `keeping`, and the loop's in `kwargs`."""
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(CACHE, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:
@@ -4858,7 +5015,7 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
     bases = bases[: bases.index(transformers.GenerationMixin) + 1]  # whose `generate` calls nothing behind it
     classes = [cls for cls in bases if "generate" in vars(cls)]
     codes = [getattr(inspect.unwrap(vars(cls)["generate"]), "__code__", None) for cls in classes]
-    caller = frame = inspect.currentframe().f_back.f_back  # of `generate`
+    caller = frame = inspect.currentframe().f_back.f_back.f_back  # of `generate`
     frames = []
     # A loop that has got further than to call this calls it for another generation, as of a logits processor.
     while frame is not None and (frame is caller or frame.f_code is not codes[-1]):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from custom_generate.generate import CACHE, SinkCache, generate, read_model
-from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, seeded, small_model, stream
+from tests.support.helpers import RELEASE, SMALL, changing, left_padded, prompt, seeded, small_model, stream
 from tests.support.oracle import difference, oracle_in_order
 from tests.test_synced import Others
 from tests.test_taking_back import feed
@@ -350,10 +350,11 @@ def test_no_window_is_longer_than_the_bias_of_the_model():
     for length in (25, 300):
         with pytest.raises(ValueError, match=f"`window_length` must be at most 24, got {length}"):
             SinkCache(length, 4).bind(model)
-    hook = model.register_forward_pre_hook(lambda *args: calls.append(1))
+    changing(model.lm_head, lambda logits: calls.append(1) or logits)
+    SinkCache(20, 4).bind(model)  # which reads it anew, as it was changed
+    calls.clear()
     generate(model, 20, 4, input_ids=prompt(3), max_new_tokens=1)
     assert len(calls) == 1
-    hook.remove()
 
 
 def mask_counts_positions():

@@ -5,7 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import SMALL, left_padded, prompt, small_model, stream
+from tests.support.helpers import SMALL, changing, left_padded, prompt, remembering, small_model, stream
 from tests.support.oracle import difference, oracle
 
 pytestmark = pytest.mark.newest_only
@@ -113,9 +113,7 @@ def with_weights(change):
 def ruling_out(value: float):
     """A small Llama that rules every other token out, as some do with those of images."""
     model = small_model()
-    model.lm_head.register_forward_hook(
-        lambda module, args, logits: logits.index_fill(-1, torch.arange(0, 211, 2), value)
-    )
+    changing(model.lm_head, lambda logits: logits.index_fill(-1, torch.arange(0, 211, 2), value))
     return model
 
 
@@ -153,13 +151,9 @@ def test_queries_that_grow_are_seen_behind_zeros_and_tokens_ruled_out(build):
 
 def scaling_queries(model, scale=lambda positions: (1 + positions / 2048) ** 0.1):
     rotary = model.model.rotary_emb
-    rotary.register_forward_pre_hook(
-        lambda module, args, kwargs: setattr(module, "latest", kwargs.get("position_ids", args[-1])), with_kwargs=True
-    )
+    remembering(rotary)
     for layer in model.model.layers:
-        layer.self_attn.q_proj.register_forward_hook(
-            lambda module, args, queries: queries * scale(rotary.latest[..., None])
-        )
+        changing(layer.self_attn.q_proj, lambda queries: queries * scale(rotary.latest[..., None]))
     return model
 
 
@@ -182,9 +176,8 @@ def test_a_model_that_gives_no_numbers_is_told_so(change, seen):
 
 def test_where_no_rotation_is_found_no_cause_is_named():
     model = small_model()
-    model.model.layers[1].self_attn.k_proj.register_forward_hook(
-        lambda module, args, keys: keys + torch.randn_like(keys)  # as of anything that is not the same twice
-    )
+    # As anything that is not the same twice.
+    changing(model.model.layers[1].self_attn.k_proj, lambda keys: keys + torch.randn_like(keys))
     with pytest.raises(ValueError, match=r"keys of its layer 1 change.*leaves \S+ of their length") as raised:
         generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
     assert "learned" not in str(raised.value) and "RoPE" not in str(raised.value)
@@ -278,8 +271,10 @@ def test_what_changes_before_positions_come_back(build, seen):
 
 
 def test_positions_of_a_long_window_are_tried_once():
-    model = small_model()
+    model, runs = small_model(), []
+    changing(model.lm_head, lambda logits: runs.append(True) or logits)
     SinkCache(600, 4).bind(model)  # longer than the trained length of 512
-    model.register_forward_pre_hook(lambda *args: pytest.fail("it ran again"))
+    needed = len(runs)
     SinkCache(600, 4).bind(model)
     SinkCache(16, 4).bind(model)
+    assert len(runs) == needed > 0

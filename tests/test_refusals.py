@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
 
 from custom_generate.generate import CACHE, SinkCache, generate
-from tests.support.helpers import RELEASE, prompt, small_model, with_the_old_class
+from tests.support.helpers import RELEASE, changing, prompt, remembering, small_model, with_the_old_class
 
 
 def forward_passes(model) -> list[int]:
@@ -231,23 +231,15 @@ def breaks_on_its_own():
 def scales_its_queries():
     model = small_model()
     attention = model.model.layers[1].self_attn
-    angles = model.model.rotary_emb
-
-    def remember(module, args, kwargs):
-        angles.position_ids = kwargs.get("position_ids", args[-1])
-
-    angles.register_forward_pre_hook(remember, with_kwargs=True)
-    attention.q_proj.register_forward_hook(
-        lambda module, args, queries: queries * (1 + angles.position_ids[..., None] / 2048) ** 0.1
-    )
+    rotary = model.model.rotary_emb
+    remembering(rotary)
+    changing(attention.q_proj, lambda queries: queries * (1 + rotary.latest[..., None] / 2048) ** 0.1)
     return model
 
 
 def mixes_its_tokens():
     model = small_model()
-    model.model.layers[1].mlp.register_forward_hook(
-        lambda module, args, states: states + states.mean(dim=(0, 1), keepdim=True)
-    )
+    changing(model.model.layers[1].mlp, lambda states: states + states.mean(dim=(0, 1), keepdim=True))
     return model
 
 

@@ -116,7 +116,7 @@ def a_rank(number: int, folder: str) -> None:
     """Answer two turns as one of two processes, with each kind of model; write down what was said."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     sharded, waiting = small_model(), small_model()
-    torch.distributed.fsdp.fully_shard(sharded)
+    torch.distributed.fsdp.fully_shard(sharded, reshard_after_forward=True)  # its embeddings too
     for layer in waiting.model.layers:  # as in a sharded model, each layer waits for all ranks
         layer.register_forward_pre_hook(lambda *args: torch.distributed.all_reduce(torch.zeros(1)))
     for name, model in {"sharded": sharded, "waiting": waiting}.items():

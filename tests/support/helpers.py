@@ -93,6 +93,23 @@ def answer(model: PreTrainedModel, cache, input_ids: torch.Tensor, max_new_token
     return stream(model, input_ids, max_new_tokens, seed, past_key_values=cache, prefill_chunk_size=1, **kwargs)
 
 
+def changing(module: torch.nn.Module, change) -> None:
+    """Have `module` give `change(what it gave)`: as part of the model, where a hook would be its user's."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
+
+
+def remembering(rotary: torch.nn.Module) -> None:
+    """Have the rotary embeddings of a model keep the `latest` positions that they were given."""
+    forward = rotary.forward
+
+    def remember(*args, **kwargs):
+        rotary.latest = kwargs.get("position_ids", args[-1])
+        return forward(*args, **kwargs)
+
+    rotary.forward = remember
+
+
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 300 tokens, with a chat template."""
     special = ["<pad>", "<s>", "</s>"]
