@@ -430,7 +430,14 @@ def init_cache(cache: Cache) -> None:
 
 def default_cache(config: Any) -> DynamicCache:
     """The cache that transformers itself gives a model. Until 4.55 it knows no kinds of layers, and has none yet."""
-    return DynamicCache(config=config) if UNTOUCHED_LAYERS else DynamicCache()
+    if not UNTOUCHED_LAYERS:
+        return DynamicCache()
+    config = config.get_text_config(decoder=True)
+    # Up to 5.8 at least it makes layers for `[:-num_kv_shared_layers]`, none if that is 0.
+    if RELEASE < (5, 17) and getattr(config, "num_kv_shared_layers", None) == 0:
+        config = copy.copy(config)
+        config.num_kv_shared_layers = -config.num_hidden_layers
+    return DynamicCache(config=config)
 
 
 def default_layers(model: PreTrainedModel) -> list:

@@ -7,10 +7,10 @@ import safetensors
 import safetensors.torch
 import torch
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, AttentionInterface
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from custom_generate.generate import CACHE, SinkCache, SinkLayer, generate
-from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, small_model, stream
+from tests.support.helpers import RELEASE, SMALL, left_padded, prompt, seeded, small_model, stream
 from tests.support.oracle import difference, oracle
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
@@ -265,3 +265,14 @@ def test_a_damaged_file_of_each_kind_of_layer(name, tmp_path):
             safetensors.torch.save_file(others, path, metadata)
             with pytest.raises(ValueError, match="conversation'.*something in it was changed after it was written"):
                 SinkCache.load(path, model)
+
+
+@pytest.mark.skipif(RELEASE < Version("5.8"), reason="this release has no such model")
+def test_gemma4_without_layers_that_share_keys():
+    """Up to 5.8 at least, transformers' cache then has no layers, and those that slide looked like any others."""
+    settings = dict(global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0, sliding_window=10)
+    config = CONFIG_MAPPING["gemma4_text"](**{**SMALL, "head_dim": 16}, **settings, layer_types=[SLIDING, FULL, FULL])
+    with seeded():
+        model = AutoModelForCausalLM.from_config(config).eval()
+    output = stream(model, prompt(5))
+    assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[4:-1]) < 1e-5
