@@ -1162,7 +1162,7 @@ class UntouchedLayer:
         """As ever; it keeps no graph, and tells whether it was cut short."""
         if not self.holds_text:
             return super().update(key_states, value_states, *args, **kwargs)
-        if self.is_initialized and (self.keys.device, self.keys.dtype) != (key_states.device, key_states.dtype):
+        if self._has_keys and (self.keys.device, self.keys.dtype) != (key_states.device, key_states.dtype):
             keys, values = self.keys.to(key_states), self.values.to(value_states)
             vars(self).update(keys=keys, values=values, device=key_states.device)
         self.begun = self.seen + key_states.shape[2]

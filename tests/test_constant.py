@@ -13,15 +13,15 @@ MODELS = ["llama", *SERVED]
 
 
 class Weighing(TorchDispatchMode):
-    """Notes the numbers in each tensor that is made."""
+    """Notes the shape of each tensor that is made."""
 
     def __init__(self):
         super().__init__()
-        self.sizes = []
+        self.shapes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        self.sizes += [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.shapes |= {tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)}
         return output
 
 
@@ -29,16 +29,15 @@ class Weighing(TorchDispatchMode):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_steps_make(name, pads):
     model = small_model() if name == "llama" else hybrid(name)
-    cache, made = SinkCache(16, 4).bind(model), {}
+    cache, early, late = SinkCache(16, 4).bind(model), Weighing(), Weighing()
     mask = (torch.arange(30) >= torch.tensor(pads)[:, None]).long()
     with torch.no_grad():
         model(**cache.prepare_inputs(prompt(30, rows=2), mask))
         for tokens in prompt(130, rows=2, seed=1).split(1, dim=1):
-            with Weighing() as weighing:
+            with early if cache.get_seq_length() < 110 else late:
                 model(**cache.prepare_inputs(tokens))
-            made[cache.get_seq_length()] = sorted(weighing.sizes)
-    # The sliding layers of these reach 24 columns back at most. Where sequences meet a ceiling, keys are shifted.
-    assert made[60] == made[159] and len(made[60]) > 50
+    # Where sequences meet the ceiling, keys are shifted, in both halves. Which experts get a token is by chance.
+    assert len(late.shapes) > 20 and late.shapes <= early.shapes
 
 
 def test_what_cutting_a_prompt_takes():
