@@ -528,7 +528,7 @@ HOOKS = {
 }
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("hooked", HOOKS)
 def test_what_hooks_changed_does_not_meet_what_they_did_not(hooked):
     model = small_model()
@@ -546,7 +546,7 @@ def test_what_hooks_changed_does_not_meet_what_they_did_not(hooked):
     check_as_anew(model, ids, 1, 2)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_a_hook_that_is_made_again_for_each_call_is_known_by_what_it_is_made_of():
     class Steering:
         def after(self, module, args, output):
@@ -560,7 +560,7 @@ def test_a_hook_that_is_made_again_for_each_call_is_known_by_what_it_is_made_of(
             hook.remove()
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_hooks_by_which_transformers_gives_hidden_states_change_nothing():
     model = small_model()
     ids = longer(check_as_anew(model, prompt(30), 30), 7, seed=1)
@@ -568,7 +568,7 @@ def test_hooks_by_which_transformers_gives_hidden_states_change_nothing():
     check_as_anew(model, ids, 8)
 
 
-@on_the_newest
+@pytest.mark.newest_only
 def test_rows_with_adapters_of_their_own_do_not_meet():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -614,7 +614,7 @@ def counted_by_its_code(model):
         layer.mlp.__class__, layer.mlp.calls = Counted, 0
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("counted", [counted_by_a_hook, counted_by_its_code])
 def test_a_model_that_counts_is_read_once(counted, monkeypatch):
     model, ids, readings = small_model(), prompt(30), []

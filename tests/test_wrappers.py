@@ -154,7 +154,7 @@ def of_a_kind_that_looks_further(peft, kind, folder):
     return peft.get_peft_model(model, config).eval(), ids, lora
 
 
-@on_the_newest
+@pytest.mark.newest_only
 @pytest.mark.parametrize("kind", ["activated", "shadow", "xlora"])
 def test_an_adapter_that_looks_further_than_one_forward_pass_is_refused(kind, tmp_path):
     peft = pytest.importorskip("peft", "0.21")
