@@ -1583,7 +1583,9 @@ def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple
     values += [weight.shape for weight in weights]
     values += [weight.device for weight in weights]
     values += [weight._version for weight in weights if not weight.is_inference()]
-    values += [known_by(vars(module)["forward"]) for module in modules if "forward" in vars(module)]
+    patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
+    # 4.54 to 4.57 set a forward to give hidden states, and then to the method that it was.
+    values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
     values += [known_by(getattr(cls, "forward", None)) for cls in dict.fromkeys(classes)]
     config, inner = model.config, model.config.get_text_config(decoder=True)
     values += [repr(config.to_dict()), config._attn_implementation, inner._attn_implementation]

@@ -225,7 +225,7 @@ SEEN = {
     "a vector that was a number": within("scaling", torch.ones(4)),
     "a number that was not there": within("new", 1),
     "the configuration": lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
-    "the attention's implementation": lambda model: model.set_attn_implementation("eager"),
+    "the attention's implementation": lambda model: setattr(model.config, "_attn_implementation", "eager"),
 }
 
 
