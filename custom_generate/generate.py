@@ -1435,21 +1435,21 @@ def _traits(
     """The traits of `model` with these, and those that follow from what it `cached` of single tokens."""
     layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in cached]
     return ModelTraits(
-        rotations,
-        index_rotations,
-        layouts,
-        _fingerprint(cached),
-        _continues_states(model, rounding),
-        _continues_positions(model, rounding),
-        rounding,
-        reach,
+        rotations=rotations,
+        index_rotations=index_rotations,
+        layouts=layouts,
+        fingerprint=_fingerprint(cached),
+        continues_states=_continues_states(model, rounding),
+        continues_positions=_continues_positions(model, rounding),
+        rounding=rounding,
+        reach=reach,
         # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
-        functools.reduce(torch.promote_types, (dtype for layer in layouts for _, dtype, _ in layer), model.dtype),
-        trained_length(model.config),
-        cache_name(model.forward),
-        ordered,
-        ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
-        bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
+        mask_dtype=functools.reduce(torch.promote_types, (each[1] for layer in layouts for each in layer), model.dtype),
+        trained_length=trained_length(model.config),
+        cache_name=cache_name(model.forward),
+        ordered=ordered,
+        counts_places=ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
+        balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
     )
 
 
@@ -1747,6 +1747,7 @@ def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
 
 # Whose hooks a model needs to work: they gather its weights, or move them and what it computes.
 NEEDED_HOOKS = ("torch.distributed.", "torch.nn.", "transformers.", "accelerate.", "deepspeed.", "peft.")
+NEEDED_HOOKS += ("transformers_modules.",)  # code that comes with a model
 
 # So deep a forward is wrapped at most: a function that is in its own closure has no end.
 MOST_WRAPPERS = 8
@@ -1790,14 +1791,16 @@ def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
     own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
     own.update({name: copy.copy(own[name]) for name in ("_buffers", *HOOKS_WITH_KWARGS)})
     for name in HOOKS:
-        needed = [(key, hook) for key, hook in own[name].items() if _is_needed(hook, module)]
+        needed = [(key, hook) for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)]
         own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
     # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
     own["_compiled_call_impl"] = functools.partial(_call_with_own_hooks, stand_in)
 
 
-def _is_needed(hook: Callable, module: torch.nn.Module) -> bool:
+def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any]) -> bool:
     """Whether a model does not work as it should without a `hook` on its `module`."""
+    if id(getattr(hook, "__self__", None)) in stand_ins:  # a method of one of its modules
+        return True
     code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
     if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
         return True
@@ -1822,7 +1825,8 @@ def adapters_of_rows(model: Any) -> Iterator[None]:
         for module in model.modules() if isinstance(model, torch.nn.Module) else []:
             for key, hook in list(module._forward_pre_hooks.items()):
                 if is_of_rows(hook):
-                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         raise
 
 

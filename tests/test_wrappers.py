@@ -245,8 +245,8 @@ def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, several):
     for new_tokens in (20, 40):
         found = generate(model, 16, 4, max_new_tokens=new_tokens, **settings)
         assert torch.equal(found, expected[:, : 10 + new_tokens])
-        # Layers by themselves are compiled for the few tokens that the model is read by, too.
-        assert 0 < len(graphs) <= (plain if how != "its layers" else 12)
+        # Layers by themselves are compiled once more for a mask.
+        assert 0 < len(graphs) <= plain + (how == "its layers")
 
 
 @pytest.mark.slow
