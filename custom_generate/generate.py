@@ -2845,45 +2845,138 @@ class WithoutGraph(torch.autograd.Function):
         )
 
 
-@dataclass
+MOST_PARTS = 64  # of a `Transcript`, before they are joined
+
+
+@dataclass(frozen=True, eq=False)
 class Transcript:
-    """The latest ids that were passed to `generate`, by which other ids are known to continue the conversation or not.
+    """What is known of the ids in the columns seen, by which other ids are known to continue them or not.
+
+    That is the latest ids, and a digest of those of the first columns, so it takes constant memory. Between them may be
+    columns whose ids are not known, where the model was called without `prepare_inputs`. A transcript never changes: an
+    interrupt can't leave one half changed.
 
     Args:
-        ids: int64 `[batch, known columns]`, None if none are known.
-        end: the column after them. The cache may not have seen all of them yet.
+        digested: of how many of the first columns `digest` is.
+        digest: `digest_of` these, None if they are none.
+        parts: the latest ids, in order: the column of the first one, and int64 `[batch, columns]`. The cache may not
+            have seen all of them yet.
     """
 
-    ids: Optional[torch.Tensor] = None
-    end: int = 0
+    digested: int = 0
+    digest: Optional[torch.Tensor] = None
+    parts: tuple[tuple[int, torch.Tensor], ...] = ()
 
-    def common_length(self, input_ids: torch.Tensor, first: int, seen: int) -> int:
-        """Up to which of the `seen` columns `input_ids` (`[batch, length]`, from column `first` on) may be the same."""
+    @property
+    def ids(self) -> Optional[torch.Tensor]:
+        """The ids of the last part, None if there are none."""
+        return self.parts[-1][1] if self.parts else None
+
+    @property
+    def end(self) -> int:
+        """The column after the last known id."""
+        return self.parts[-1][0] + self.ids.shape[1] if self.parts else self.digested
+
+    def common_length(self, input_ids: torch.Tensor, first: int, seen: int, pads: list[int]) -> int:
+        """Up to which of the `seen` columns `input_ids` (`[batch, length]`, from column `first` on) may be the same.
+
+        It is 0 if they differ somewhere in the columns that are digested. `pads` are of `Stream`.
+        """
         end = first + input_ids.shape[1]
-        if self.ids is None or len(self.ids) != len(input_ids):
+        known = self.ids if self.digest is None else self.digest
+        if known is None or len(known) != len(input_ids):
             return min(seen, end)
-        known_from = self.end - self.ids.shape[1]
-        start, stop = max(first, known_from), min(end, seen, self.end)
-        if stop <= start:  # none of them is known; of what ends before those that are, nothing can be common
-            return 0 if end <= known_from else min(seen, end)
-        known = self.ids[:, start - known_from : stop - known_from].to(input_ids.device)
-        others = (input_ids[:, start - first : stop - first] != known).any(dim=0).nonzero()
-        return start + int(others[0]) if len(others) > 0 else min(seen, end)
+        if end < self.digested:
+            return 0
+        if first == 0 and self.digested > 0:
+            digest = digest_of(input_ids[:, : self.digested], 0, pads)
+            if not torch.equal(digest, self.digest.to(digest.device)):
+                return 0
+        for known_from, ids in self.parts:
+            start, stop = max(first, known_from), min(end, seen, known_from + ids.shape[1])
+            if start < stop:
+                same = ids[:, start - known_from : stop - known_from].to(input_ids.device)
+                differ = input_ids[:, start - first : stop - first] != same
+                others = (differ & is_token(start, stop, pads, input_ids.device)).any(dim=0).nonzero()
+                if len(others) > 0:
+                    return start + int(others[0])
+        return min(seen, end)
 
-    def forget_from(self, end: int) -> None:
-        """Forget the ids from column `end` on."""
-        if self.ids is not None and self.end > end:
-            self.ids, self.end = self.ids[:, : end - self.end], end
+    def up_to(self, end: int) -> "Transcript":
+        """What is known of the columns before `end`."""
+        if self.end <= end:
+            return self
+        parts = tuple(
+            (start, ids if start + ids.shape[1] <= end else ids[:, : end - start])
+            for start, ids in self.parts
+            if start < end
+        )
+        return replace(self, parts=parts) if self.digested <= end else Transcript(parts=parts)
 
-    def keep_last(self, number: int) -> None:
-        """Forget all but the last `number` columns."""
-        if self.ids is not None:
-            self.ids = self.ids[:, -number:].clone()
+    def with_ids(self, ids: torch.Tensor, first: int) -> "Transcript":
+        """The same with the `ids` of the columns from `first` on, `[batch, length]`, and what is digested."""
+        start = max(first, self.digested)
+        known = self.up_to(start)
+        return replace(known, parts=(*known.parts, (start, ids[:, start - first :])))
+
+    def digested_before(self, column: int, pads: list[int]) -> "Transcript":
+        """The same in memory of its own, with a digest for the ids before `column`. Past a gap they are forgotten."""
+        runs: list[tuple[int, list[torch.Tensor]]] = []
+        end = None
+        for start, ids in self.parts:
+            if start != end:
+                runs.append((start, []))
+            runs[-1][1].append(ids)
+            end = start + ids.shape[1]
+        digested, digest, parts = self.digested, self.digest, []
+        for start, pieces in runs:
+            ids = torch.cat([piece.to(pieces[-1].device, torch.long) for piece in pieces], dim=1)
+            old = ids[:, : max(column - start, 0)]
+            if start == digested and old.shape[1] > 0:
+                number, digested = digest_of(old, start, pads), start + old.shape[1]
+                digest = number if digest is None else digest.to(number.device) + number
+            if old.shape[1] < ids.shape[1]:
+                parts.append((start + old.shape[1], ids[:, old.shape[1] :].clone()))
+        return Transcript(digested, digest, tuple(parts[-MOST_PARTS // 2 :]))
 
     def with_rows(self, indices: torch.Tensor) -> "Transcript":
-        """That of a batch whose row `i` is row `indices[i]` here."""
-        ids = None if self.ids is None else self.ids.index_select(0, indices.to(self.ids.device))
-        return Transcript(ids, self.end)
+        """That of a batch in which row `i` is what row `indices[i]` was."""
+
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, indices.to(tensor.device))
+
+        digest = None if self.digest is None else rows(self.digest)
+        return Transcript(self.digested, digest, tuple((start, rows(ids)) for start, ids in self.parts))
+
+
+def is_token(start: int, stop: int, pads: list[int], device: torch.device) -> torch.Tensor:
+    """Whether the columns from `start` to `stop` are no padding: `[rows, columns]`."""
+    columns = torch.arange(start, stop, dtype=torch.long, device=device)
+    return columns >= torch.tensor(pads, dtype=torch.long, device=device)[:, None]
+
+
+def digest_of(ids: torch.Tensor, first: int, pads: list[int]) -> torch.Tensor:
+    """A number for each row that others hardly have: int64 `[batch]`.
+
+    It is the sum, modulo 2**64, of a number for each token, made of its id and its column by the multiplications and
+    shifts of SplitMix64. So digests of neighbouring columns add up to that of all, and nothing waits for the device.
+
+    Args:
+        ids: int64 `[batch, columns]`.
+        first: the column of the first of them.
+        pads: of `Stream`. Padding counts nothing.
+    """
+    digest = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    for number, block in enumerate(ids.split(2**16, dim=1)):  # which the processor's cache holds
+        start = first + number * 2**16
+        columns = torch.arange(start, start + block.shape[1], dtype=torch.long, device=ids.device)
+        numbers = block + columns.mul_(0x9E3779B97F4A7C15 - 2**64)
+        for factor in (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64):
+            numbers.bitwise_xor_((numbers >> 32).bitwise_and_(2**32 - 1)).mul_(factor)
+        if start < max(pads):
+            numbers *= is_token(start, start + block.shape[1], pads, ids.device)
+        digest += numbers.sum(dim=1)
+    return digest
 
 
 MOST_IN_A_CHUNK = 256  # tokens, by default
@@ -2933,7 +3026,7 @@ class Stream:
         padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
         offsets: `[rows]`, by how much positions are lower than the counts of tokens. Keys follow before they are next
             used: see `follow_offsets`.
-        transcript: the latest ids.
+        transcript: what is known of their ids.
         plan: the latest update; None where nothing of it matters any more.
         compiled: what steps of compiled code are given; None where the next update is none.
     """
@@ -3287,7 +3380,9 @@ class Stream:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Update a sink layer with new keys and values, `[batch, kv_heads, length, head_dim]`."""
         plan = self.plan_update(layer.seen, key_states.shape[2])
-        self._refuse_unprepared(plan, key_states.shape[0])
+        if not plan.is_prepared:
+            self._refuse_unprepared(plan, key_states.shape[0])
+            self.transcript = self.transcript.up_to(plan.start)  # nobody says what these ids are
         keys, values = layer.update(key_states.detach(), value_states.detach(), plan)
         if not torch.is_grad_enabled():
             return keys, values
@@ -3415,13 +3510,17 @@ class Stream:
         return all(layer.can_undo or (layer.can_record and layer.record_past) for layer in self.layers)
 
     @property
+    def has_evicted(self) -> bool:
+        """Whether a row has more tokens than the window keeps."""
+        return self.seen - min(self.pads) > self.window.length
+
+    @property
     def num_removable(self) -> int:
         """How many of the latest columns `take_back` can forget."""
         if not self.can_take_back:
             return 0
-        seen = self.seen
-        if not any(self.offsets) and all(seen - pad <= self.window.length for pad in self.pads):
-            return seen  # nothing was evicted
+        if not any(self.offsets) and not self.has_evicted:
+            return self.seen
         return min(layer.undo.columns for layer in self.sink_layers)
 
     def can_end_at(self, end: int) -> bool:
@@ -3432,14 +3531,23 @@ class Stream:
         """Forget all columns from `end` on, of which `num_removable` tells how many may be."""
         for layer in self.layers:
             layer.take_back(end, self.pads)
-        self.transcript.forget_from(end)
+        self.transcript = self.transcript.up_to(end)
         self.plan = None
 
     # The conversation
 
     def common_length(self, input_ids: torch.Tensor, first: int = 0) -> int:
         """Up to which column `input_ids` (`[batch, length]`, from column `first` on) are what was seen, if known."""
-        return self.transcript.common_length(input_ids, first, self.seen)
+        return self.transcript.common_length(input_ids, first, self.seen, self.pads)
+
+    def trim_transcript(self) -> None:
+        """Forget ids of columns not seen, and keep but a digest of those that can't be taken back any more."""
+        first = 0
+        if self.has_evicted:  # else all can be
+            # An update that was cut short is yet to be taken back: in the layers that it reached.
+            removable = max(layer.undo.columns for layer in self.sink_layers)
+            first = self.seen - max(removable, self.window.length)
+        self.transcript = self.transcript.up_to(self.seen).digested_before(first, self.pads)
 
     def refuse_other_ids(self, input_ids: torch.Tensor, end: int) -> None:
         """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
@@ -3596,9 +3704,10 @@ class UnboundLayers:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys rotate, the
-# model's `fingerprint`, and the `latest_ids`, if any are known. Its metadata has one entry, `sink_cache`: the state of
-# the stream, a JSON object. Its `checksum` is of all else, so any damage shows in it.
-FORMAT_VERSION = 1
+# model's `fingerprint`, and of the transcript the `latest_ids` and the `digest`, if there are some. Its metadata has
+# one entry, `sink_cache`: the state of the stream, a JSON object. Its `checksum` is of all else, so any damage shows in
+# it. Files of version 1 have no digest.
+FORMAT_VERSION = 2
 
 OTHER_MODEL = (
     "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
@@ -3614,14 +3723,14 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     for ring in stream.rings:  # as the model made them, which is all that there is to know
         ring.place_sinks([0])
-    stream.transcript.forget_from(stream.seen)
-    ids = stream.transcript.ids
+    stream.trim_transcript()
+    transcript = stream.transcript
     tensors = {"fingerprint": stream.traits.fingerprint}
     for layer_idx, rotation in enumerate(stream.traits.rotations):
         if rotation is not None:
             tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
-    if ids is not None and ids.numel() > 0:
-        tensors["latest_ids"] = ids
+    of_transcript = {"latest_ids": transcript.ids, "digest": transcript.digest}
+    tensors |= {name: tensor for name, tensor in of_transcript.items() if tensor is not None}
     for layer_idx, layer in enumerate(stream.layers):
         tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer.tensors().items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -3636,7 +3745,8 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "pads": stream.pads,
         "padding_known": stream.padding_known,
         "offsets": stream.offsets,
-        "latest_end": stream.transcript.end if "latest_ids" in tensors else 0,
+        "latest_end": transcript.end,
+        "digested": transcript.digested,
     }
     return state | {"checksum": _checksum(state, tensors)}, tensors
 
@@ -3645,7 +3755,9 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     """Make a new `stream` what it was when it was packed to these."""
     stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]
-    stream.transcript = Transcript(tensors.get("latest_ids"), state["latest_end"])
+    ids = tensors.get("latest_ids")
+    parts = () if ids is None else ((state["latest_end"] - ids.shape[1], ids),)
+    stream.transcript = Transcript(state.get("digested", 0), tensors.get("digest"), parts)
     for layer_idx, layer in enumerate(stream.layers):
         held = {}
         for name, tensor in tensors.items():
@@ -4044,6 +4156,7 @@ class SinkCache(Cache):
 
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
         window = checked_window(window_length, num_sink_tokens)
+        self.held = UnboundLayers(window)  # 4.54 and 4.55 begin with a layer of their own, in this
         init_cache(self)
         self._model: Optional[_ModelReference] = None
         self._use: Optional[Use] = None
@@ -4245,7 +4358,11 @@ class SinkCache(Cache):
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         stream.begin(batch_size, stream.pads if start > 0 and attention_mask is None else left_padding(attention_mask))
         inputs = {"input_ids": input_ids, "attention_mask": None, stream.traits.cache_name: self}
-        return stream.inputs_for_step(model, inputs, Caller.LOOP)
+        inputs = stream.inputs_for_step(model, inputs, Caller.LOOP)
+        if len(stream.transcript.parts) >= MOST_PARTS:
+            stream.trim_transcript()
+        stream.transcript = stream.transcript.with_ids(input_ids.clone(), start)  # which the caller may write into
+        return inputs
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
         """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
@@ -4561,8 +4678,7 @@ class StreamedCall:
             stream = self.stream
             stream.record_past = recorded
             stream.leave()
-            stream.transcript.forget_from(stream.seen)
-            stream.transcript.keep_last(stream.window.length)  # enough to know the conversation by
+            stream.trim_transcript()
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
             vars(self.stand_in).update(vars(self.model))  # DeepSpeed keeps what ran, and looks at it in the next run
             after_a_call(self.model)
@@ -4645,7 +4761,7 @@ class StreamedCall:
         elif kwargs.get("position_ids") is None:  # 5.3 makes them of the mask, which is taken away after each step
             positions = stream.natural_positions(end - start)
             kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
-        stream.transcript = Transcript(input_ids, end)
+        stream.transcript = stream.transcript.with_ids(input_ids, self.columns_not_passed)
         set_columns(kwargs, start, end, input_ids.device)
         if is_prompt and self.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
             new = self.embeddings[:, start - end :]

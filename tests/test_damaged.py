@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from custom_generate.generate import FORMAT_VERSION, SinkCache, generate
+from custom_generate.generate import FORMAT_VERSION, SinkCache, _checksum, generate
 from tests.support import ROOT
 from tests.support.helpers import prompt, seeded, small_model
 
@@ -185,6 +185,17 @@ def test_a_file_from_before_there_were_versions(conversation, tmp_path):
         del state[name]
     write(path, state, tensors)
     older, newer = SinkCache.load(path, model), SinkCache.load(whole, model)
+    assert torch.equal(next_tokens(model, older), next_tokens(model, newer))
+
+
+def test_a_file_of_version_1(conversation, tmp_path):
+    model, whole = conversation
+    path, (state, tensors) = tmp_path / "older", read(whole)
+    del state["digested"], tensors["digest"]
+    state["version"] = 1
+    write(path, state | {"checksum": _checksum(state, tensors)}, tensors)
+    older, newer = SinkCache.load(path, model), SinkCache.load(whole, model)
+    assert torch.equal(older.held.transcript.ids, newer.held.transcript.ids)
     assert torch.equal(next_tokens(model, older), next_tokens(model, newer))
 
 

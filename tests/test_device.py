@@ -54,11 +54,11 @@ def test_a_step_never_waits_and_mixes_no_devices(name):
     # What asks "meta" for numbers fails, and so does what computes with tensors there and on the CPU.
     model, cache = a_full_window(BATCHES[name])
     token = prompt(1, rows=cache.batch_size).to("meta")
-    for _ in range(20):  # through a shift of the sinks for each row, and past it
+    for _ in range(100):  # through a shift of the sinks for each row, and past it; and through a digest of ids
         with torch.no_grad(), Operations() as operations:
             logits = model(**cache.prepare_inputs(token)).logits
     assert logits.device.type == "meta"
-    assert cache.get_seq_length() == 39 + 20
+    assert cache.get_seq_length() == 39 + 100
     # Positions, the moved sinks' rotation; and where rows are padded the slots.
     assert sum(operations.copies.values()) <= (6 if name == "padded rows" else 3)
 
@@ -90,5 +90,6 @@ def test_a_step_launches_few_kernels_more_than_a_dynamic_cache(name):
         with Operations() as plain_operations:
             model(token, past_key_values=dynamic, position_ids=torch.zeros_like(token))
     own, plain = operations.kernels, plain_operations.kernels
-    # The sinks are moved once for all layers, and rows that are padded need a mask: no more, however many the layers.
-    assert own.total() <= plain.total() + (7 if name == "padded rows" else 1), (own - plain, plain - own)
+    # Sinks are moved once for all layers, ids are copied, and rows that are padded need a mask: no more, however many
+    # layers there are.
+    assert own.total() <= plain.total() + (8 if name == "padded rows" else 2), (own - plain, plain - own)
