@@ -41,10 +41,9 @@ import json
 import math
 import operator
 import os
-import shutil
+import secrets
 import stat
 import sys
-import tempfile
 import threading
 import types
 import weakref
@@ -61,11 +60,6 @@ import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 __version__ = "1.0.0"
 
@@ -1503,6 +1497,12 @@ def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tenso
     """The fingerprint of `model`, which has these traits, as it is now."""
     with torch.no_grad(), without_hooks(model) as stand_in:
         return _fingerprint(_run_on_columns(stand_in, 1)[0] if traits.ordered else _cached_at(stand_in, 0))
+
+
+def is_as_read(model: PreTrainedModel, traits: ModelTraits) -> bool:
+    """Whether `model` is still as it was when these traits were read, told without running it."""
+    stamp, read = _readings.get(model, (None, None))
+    return read is not None and read.rotations is traits.rotations and stamp.fits(model)
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
@@ -3783,25 +3783,26 @@ def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
 
 
 def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in a folder of its own, then put it in the place of the file at `path`, if there is one.
+    """Write a safetensors file under a name of its own, then put it in the place of the one at `path`, if there is one.
 
     By itself safetensors writes over that file, which a kill would lose. From 0.8 on it replaces the file, but with one
-    of another mode, and a symbolic link too; and a kill leaves files beside it.
+    of another mode, and a symbolic link too.
 
     Raises:
         OSError: it can't be written; `path` is as it was.
     """
     target = os.path.realpath(path)
+    written = os.path.join(os.path.dirname(target), f".sink_cache-{secrets.token_hex(16)}")
     try:
         old = os.stat(target) if os.path.exists(target) else None
         if old is not None and not stat.S_ISREG(old.st_mode):
             raise OSError(errno.EINVAL, "it is no file")
         if old is not None and not os.access(target, os.W_OK):
             raise OSError(errno.EACCES, "it is write-protected")
-        with _folder_beside(target) as folder:
-            written = os.path.join(folder, "conversation")
-            with open(written, "wb") as file:  # which has the mode of a new file
-                mode = os.fstat(file.fileno()).st_mode if old is None else old.st_mode
+        with open(written, "xb") as file:  # which has the mode of a new file
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode if old is None else old.st_mode)
+        try:
+            os.chmod(written, mode)  # before there is something to read
             safetensors.torch.save_file(tensors, written, metadata)
             with open(written, "rb+") as file:
                 os.fsync(file.fileno())
@@ -3809,57 +3810,14 @@ def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], 
                 for owner in ((old.st_uid, -1), (-1, old.st_gid)):
                     with contextlib.suppress(OSError):  # not everyone may give files away
                         os.chown(written, *owner)
-            os.chmod(written, stat.S_IMODE(mode))
+            os.chmod(written, mode)
             os.replace(written, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(written)
+            raise
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"`path` can't be written, got {os.fspath(path)!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def _folder_beside(path: str) -> Iterator[str]:
-    """A new folder beside `path`, for as long as the block takes.
-
-    If a kill ends the block, the folder stays until this is called again, which knows it by its lock: nobody holds it.
-    """
-    parent, prefix = os.path.dirname(path), ".sink_cache-"
-    with contextlib.suppress(OSError):  # what can't be removed may stay
-        for name in os.listdir(parent):
-            left = os.path.join(parent, name)
-            lock = _lock(left, wait=False) if name.startswith(prefix) else None
-            if lock is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                _unlock(lock)
-    while True:
-        folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
-        lock = _lock(folder, wait=True)
-        if os.path.exists(folder):  # and was not taken for one that was left, before it was locked
-            break
-        _unlock(lock)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
-
-
-def _lock(folder: str, wait: bool) -> Optional[int]:
-    """The file descriptor that locks a folder until it is closed; None if it can't be had, at once or with a `wait`."""
-    if fcntl is None:
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        _unlock(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(lock: Optional[int]) -> None:
-    """Give back what `_lock` returned."""
-    if lock is not None:
-        os.close(lock)
 
 
 def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
@@ -3892,22 +3850,19 @@ def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
         state = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its metadata is no JSON: {error}") from error
-    version = state.get("version", 0) if isinstance(state, dict) else None
+    version = state.get("version") if isinstance(state, dict) else None
     if type(version) is not int:
-        raise ValueError("its metadata is no state of a `SinkCache`")
+        raise ValueError(
+            "its metadata is no state of a `SinkCache` with a version. Files from before version 1.0.0 have none, and "
+            "are no longer loaded"
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"its format has version {version}, newer than the version {FORMAT_VERSION} that is known here. Load it "
             "with the `SinkCache` that wrote it, or a later one"
         )
-    if version > 0 and state.get("checksum") != _checksum(state, tensors):
+    if state.get("checksum") != _checksum(state, tensors):
         raise ValueError("something in it was changed after it was written: its checksum is another")
-    if version == 0:  # there was a time before versions and checksums
-        pads = state.get("pads")
-        state = {**state, "pads": pads or [0], "padding_known": pads is not None}
-        counts = [state[name] for name in ("window_length", "num_sink_tokens", "seen", "latest_end")]
-        if not all(type(count) is int and count >= 0 for count in [*counts, *state["pads"], *state["offsets"]]):
-            raise ValueError("its metadata has other values than counts of tokens")
     return state
 
 
@@ -4466,8 +4421,11 @@ class SinkCache(Cache):
         """Write the conversation held to one safetensors file, from which `load` goes on in any process.
 
         A file that is there is replaced at once, by one of the same mode: whatever ends this, also a kill, either the
-        old conversation is there or the new one. What a kill leaves beside it, a folder `.sink_cache-*`, the next
-        `save` in the same folder removes.
+        old conversation is there or the new one. A kill may leave an unfinished file `.sink_cache-*` beside it, which
+        is never read, and nothing removes.
+
+        The model is run on a few tokens if it was changed since the last call of `generate` or `bind`. Where its
+        weights are spread over processes, all of them must call this then.
 
         Raises:
             ValueError: the cache is not bound, empty, in use, holds numbers that are not finite, or was left in the
@@ -4479,7 +4437,7 @@ class SinkCache(Cache):
         self._refuse_other_thread()
         stream, model = self.held, self._bound_model
         stream.settle()
-        if model is not None:
+        if model is not None and not is_as_read(model, stream.traits):
             stream.traits = replace(stream.traits, fingerprint=read_fingerprint(model, stream.traits))
         state, tensors = pack(stream)
         write_file(path, tensors, {"sink_cache": json.dumps(state)})
@@ -4503,7 +4461,8 @@ class SinkCache(Cache):
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
         """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
 
-        `model` is run on a few tokens, for what its layers hold; nothing is changed on it.
+        `model` is run on a few tokens, for what its layers hold; nothing is changed on it. Where its weights are spread
+        over processes, all of them must call this.
 
         Raises:
             ValueError: `path` is no such file, or a damaged one, of a newer format, or of a conversation with another
