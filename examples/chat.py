@@ -55,7 +55,8 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def ids(self, text: str) -> torch.Tensor:
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(self.model.device)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return torch.tensor([ids], dtype=torch.long, device=self.model.device)  # of no text too
 
     def turn(self, message: str) -> torch.Tensor:
         """The tokens that a message adds to the conversation, `[1, tokens]`."""
@@ -81,7 +82,7 @@ class Chat:
             )
             unseen = sequences[:, self.cache.get_seq_length() - seen :]
             end = self.ids(self.end_of_answer)
-            if unseen[0, -1] == end[0, 0]:
+            if unseen[0, -1:].equal(end[0, :1]):  # templates may put nothing after an answer
                 end = end[:, 1:]
             with torch.no_grad():
                 self.model(**self.cache.prepare_inputs(torch.cat([unseen, end], dim=1)))

@@ -2,13 +2,17 @@
 
 import os
 import re
+import runpy
 import sys
 import time
 
 import pexpect
 import pytest
+import torch
 
+import custom_generate
 from tests.support import ROOT
+from tests.support.helpers import small_model, small_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
@@ -76,3 +80,16 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
     stopped = seen(chat)
     assert stopped > 40  # it was in the answer: the turn itself is shorter
     assert seen(chat) == stopped
+
+
+def test_a_template_that_puts_nothing_after_an_answer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sink_cache", custom_generate)
+    Chat = runpy.run_path(str(ROOT / "examples/chat.py"))["Chat"]
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    chat = Chat(small_model(vocab_size=300), tokenizer, 16, None, max_new_tokens=9, do_sample=False)
+    for _ in range(2):
+        before, turn = chat.cache.get_seq_length(), chat.turn("And then?")
+        assert tokenizer.decode(turn[0]) == "[user]And then?" and turn.dtype is torch.long
+        chat.answer("And then?")
+        assert chat.cache.get_seq_length() == before + turn.shape[1] + 9  # all of the answer, and nothing behind it
