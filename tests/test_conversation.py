@@ -248,3 +248,23 @@ def test_layers_that_are_in_several_places_now(moved):
     cache.batch_select_indices(torch.tensor([1, 0]))
     said = generate(model, input_ids=said[[1, 0]], max_new_tokens=20, **settings)
     assert torch.equal(said[[1, 0]], expected)
+
+
+def test_saving_runs_the_model_only_if_it_was_changed(tmp_path, monkeypatch):
+    # One process alone could not run a model whose weights are spread over several.
+    model, cache, *_ = a_conversation()
+    read, runs = SinkCache.save.__globals__["read_fingerprint"], []
+
+    def counted(*args):
+        runs.append(args)
+        return read(*args)
+
+    monkeypatch.setitem(SinkCache.save.__globals__, "read_fingerprint", counted)
+    for copied in (cache, copy.deepcopy(cache)):
+        copied.save(tmp_path / "conversation")
+    assert runs == []
+    with torch.no_grad():
+        model.model.embed_tokens.weight.neg_()
+    cache.save(tmp_path / "conversation")
+    assert len(runs) == 1
+    assert SinkCache.load(tmp_path / "conversation", model).get_seq_length() == 40
