@@ -1272,6 +1272,8 @@ class ModelTraits:
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
         balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
+        sees_ahead: the types of tokens that see later ones of their type, as those of an image do: by which input the
+            model is told them, and whether they are other than 0.
     """
 
     rotations: list[Optional[Rotation]]
@@ -1288,6 +1290,7 @@ class ModelTraits:
     ordered: bool
     counts_places: bool
     balances_experts: bool
+    sees_ahead: frozenset[tuple[str, bool]]
 
     def __deepcopy__(self, memo: dict) -> "ModelTraits":
         return self  # they never change
@@ -1444,6 +1447,7 @@ def _traits(
         ordered=ordered,
         counts_places=ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
+        sees_ahead=_sees_ahead(model, rounding),
     )
 
 
@@ -1727,6 +1731,31 @@ def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
 
 
 # The model without what others put on it
+
+
+def shared_path(model: PreTrainedModel) -> Any:
+    """`shared(model)`, in which the modules that hold its decoder are shared too: what it sets on them stays there.
+
+    Models whose positions have several axes keep on themselves by how much those of their latest prompt differ from the
+    count of its tokens (`rope_deltas`). That may be another conversation's. Those of a stream, and of the runs that a
+    model is read by, don't differ.
+    """
+    embeddings = model.get_input_embeddings()
+    names = next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
+    holders = [shared(model)]
+    for name in names[:-2]:  # the last two are the decoder and its embeddings
+        inner = shared(holders[-1]._modules[name])
+        vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
+        holders.append(inner)
+    for holder in holders:
+        if "rope_deltas" in vars(holder):
+            vars(holder)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    return holders[0]
+
+
+def has_positions_of_axes(module: torch.nn.Module) -> bool:
+    """Whether a module, or one in it, keeps how positions of several axes differ from the count of tokens."""
+    return any("rope_deltas" in vars(inner) for inner in module.modules())
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
@@ -2118,6 +2147,24 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
         _run(model, tokens[:, 1:], start, cache)
         keys.append([layer["keys"] for layer in keys_and_values(cache) if layer][-1])
     return _difference(*keys) <= 4 * rounding
+
+
+# The inputs that tell a model the types of tokens.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def _sees_ahead(model: PreTrainedModel, rounding: float) -> frozenset[tuple[str, bool]]:
+    """See `ModelTraits.sees_ahead`: the types with which two tokens give something else where two more come after."""
+    parameters, tokens, found = inspect.signature(model.forward).parameters, some_tokens(model, 4), set()
+    for name, other in itertools.product(TOKEN_TYPES, (False, True)):
+        if name in parameters:
+            types = torch.full_like(tokens, int(other))
+            together, alone = (
+                _allowed_logits(_run(model, tokens[:, :length], **{name: types[:, :length]})[0]) for length in (4, 2)
+            )
+            if _difference(together[:, :2], alone) > max(1e-5, 4 * rounding):
+                found.add((name, other))
+    return frozenset(found)
 
 
 # The rotation that fits
@@ -2770,7 +2817,7 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
 
 
 # The model's inputs with an entry for each column, and the dimension in which they have it.
-PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
+PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, **dict.fromkeys(TOKEN_TYPES, 1)}
 PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
 KNOWN_BY_IDS = {"input_ids", "attention_mask", CACHE, OLDER_NAME, "use_cache", "cache_position"}
 KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
@@ -2801,27 +2848,73 @@ def is_text(inputs: dict[str, Any]) -> bool:
     for name, value in inputs.items():
         if value is None or name in KNOWN_BY_IDS:
             continue
-        if name not in ("token_type_ids", "mm_token_type_ids") or value.any():
+        if name not in TOKEN_TYPES or value.any():
             return False
     return True
 
 
-def refuse_media(inputs: dict[str, Any], chunks: list[slice]) -> None:
-    """Raise if a prompt has images or the like and goes in by chunks, or the model finds positions for them later."""
-    text = (*PER_COLUMN_INPUTS, "attention_mask")
-    media = [name for name, value in inputs.items() if name not in text and isinstance(value, (torch.Tensor, dict))]
-    if not any(inputs[name] is not None and len(inputs[name]) > 0 for name in media):
+def media_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The images or the like among the model's inputs, or the arguments of `generate`."""
+    text = {*PER_COLUMN_INPUTS, "inputs", "attention_mask"}
+    return {name: value for name, value in inputs.items() if name not in text and _holds_numbers(value)}
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a value is a tensor with numbers in it, a list of some, or a dict with whatever in it."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    return len(value) > 0 if isinstance(value, dict) else isinstance(value, list) and any(map(_holds_numbers, value))
+
+
+# What a configuration calls the tokens that stand for an image or the like.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+PLACEHOLDERS += ("audio_token_id", "audio_token_index")
+
+
+def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
+    """The column after the last of `input_ids` (`[batch, length]`) that stands for an image or the like.
+
+    0 if none does; None if the configuration does not name such tokens.
+    """
+    named = {getattr(config, name, None) for name in PLACEHOLDERS} - {None}
+    if not named:
+        return None
+    stand_in = torch.isin(input_ids, torch.tensor(sorted(named), dtype=torch.long, device=input_ids.device))
+    return max(stand_in.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
+
+
+def refuse_media(model: PreTrainedModel, inputs: dict[str, Any], given: list[str], chunks: list[slice]) -> None:
+    """Raise if a prompt has images or the like that can't be streamed.
+
+    Args:
+        inputs: the model's.
+        given: the names of the images or the like that it was to make its inputs of.
+        chunks: in which the prompt goes in.
+    """
+    media = list(media_inputs(inputs))
+    dropped = [name for name in given if name not in media]
+    if not media and not dropped:
         return
+    named = f"Images or the like ({', '.join(dropped or media)})"
+    if has_positions_of_axes(model):
+        raise ValueError(
+            f"{named} can't be streamed with this model: it gives them positions of several axes, and a stream moves "
+            "its sinks by as many as there are tokens. Pass a prompt of text."
+        )
+    if dropped:
+        raise ValueError(
+            f"{named} must come with the first prompt of a conversation: transformers {transformers.__version__} "
+            "leaves them out of a later one, with any cache. Begin a new conversation, or update transformers."
+        )
     if len(chunks) > 1:
         raise ValueError(
-            f"Images or the like ({', '.join(media)}) must come with a prompt that goes in at once: this one goes in "
-            f"{len(chunks)} chunks, the first of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater "
-            "`window_length`."
+            f"{named} must come with a prompt that goes in at once: this one goes in {len(chunks)} chunks, the first "
+            f"of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater `window_length`."
         )
     if inputs.get("position_ids") is None:
         raise ValueError(
-            f"Images or the like ({', '.join(media)}) can't be streamed with this model: it chooses their positions "
-            "where a stream can't see them. Pass a prompt of text."
+            f"{named} can't be streamed with this model: it chooses their positions where a stream can't see them. "
+            "Pass a prompt of text."
         )
 
 
@@ -2979,6 +3072,42 @@ def digest_of(ids: torch.Tensor, first: int, pads: list[int]) -> torch.Tensor:
     return digest
 
 
+@dataclass(frozen=True, eq=False)
+class SeenMedia:
+    """The images or the like of a conversation up to a prompt, by which those that come again are known.
+
+    Args:
+        entries: of each input of the model, how many entries it has had in all, and their CRC-32.
+        end: the column after the last token that stands for one.
+    """
+
+    entries: dict[str, tuple[int, int]]
+    end: int
+
+    @classmethod
+    def of(cls, media: dict[str, Any], end: int, before: "Optional[SeenMedia]" = None) -> "Optional[SeenMedia]":
+        """Those of `media`, after those `before`; None if they are no tensors, or others than before."""
+        entries = {name: (0, 0) for name in media} if before is None else before.entries
+        if entries.keys() != media.keys() or not all(isinstance(value, torch.Tensor) for value in media.values()):
+            return None
+        return cls({name: cls._joined(entries[name], value) for name, value in media.items()}, end)
+
+    @staticmethod
+    def _joined(before: tuple[int, int], entries: torch.Tensor) -> tuple[int, int]:
+        """The number and the CRC-32 with more `entries`, `[number, ...]`."""
+        numbers = entries.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return before[0] + len(entries), zlib.crc32(numbers, before[1])
+
+    def new_in(self, media: dict[str, Any]) -> Optional[dict[str, torch.Tensor]]:
+        """What of `media` comes after all that was seen, empty if nothing does; None if that does not come first."""
+        firsts = {name: value[: self.entries.get(name, (0,))[0]] for name, value in media.items()}
+        first = SeenMedia.of(firsts, self.end)
+        if first is None or first.entries != self.entries:
+            return None
+        new = {name: value[self.entries[name][0] :] for name, value in media.items()}
+        return {name: value for name, value in new.items() if len(value) > 0}
+
+
 MOST_IN_A_CHUNK = 256  # tokens, by default
 
 
@@ -3027,6 +3156,7 @@ class Stream:
         offsets: `[rows]`, by how much positions are lower than the counts of tokens. Keys follow before they are next
             used: see `follow_offsets`.
         transcript: what is known of their ids.
+        media: after each prompt with images or the like, those up to it.
         plan: the latest update; None where nothing of it matters any more.
         compiled: what steps of compiled code are given; None where the next update is none.
     """
@@ -3036,6 +3166,7 @@ class Stream:
         self._set_layers(copy.deepcopy(new_layers))
         self.pads, self.padding_known, self.offsets = [0], False, [0]
         self.transcript = Transcript()
+        self.media: list[SeenMedia] = []
         self.plan: Optional[UpdatePlan] = None
         self.compiled: Optional[CompiledSteps] = None
 
@@ -3231,7 +3362,7 @@ class Stream:
 
     def refuse_other_positions(self, positions: Optional[torch.Tensor]) -> None:
         """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one a token."""
-        if positions is None or positions.shape[-1] == 1:  # to look at a single token waits for the device
+        if positions is None:
             return
         natural = self.natural_positions(positions.shape[-1])
         if ((positions.cpu() != natural) & (natural >= 0)).any():
@@ -3266,7 +3397,7 @@ class Stream:
             positions = positions.clone(memory_format=torch.contiguous_format)
             self.compiled.prepare(plan, self.sink_layers, self.traits.mask_dtype, tokens.device)
             inputs["attention_mask"] = self.compiled.mask
-        elif any(self.pads) or plan.evicts or self.is_indexed:
+        elif self._replaces_mask(plan):
             inputs["attention_mask"] = self._masks(model, plan, tokens)
         if inputs.get("output_router_logits", self.traits.balances_experts):
             inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
@@ -3286,6 +3417,39 @@ class Stream:
         plan.caller = caller
         inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
         return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
+
+    def _replaces_mask(self, plan: UpdatePlan) -> bool:
+        """Whether the model is given a mask for an update, in place of the one that it makes by itself."""
+        return any(self.pads) or plan.evicts or self.is_indexed
+
+    def types_of_prompt(self, inputs: dict[str, Any], chunks: list[slice]) -> dict[str, torch.Tensor]:
+        """The types of tokens that the model is told for its `inputs` of a prompt: int64 `[batch, columns]` each.
+
+        Models have tokens see later ones by their own mask, for which they look types up by the columns of the
+        conversation. So types that do so come with columns for those seen. These are no later ones, of whatever type.
+
+        Raises:
+            ValueError: tokens are to see later ones where the model's mask is replaced, or in another chunk.
+        """
+        length = new_tokens(inputs).shape[1]
+        types = {name: inputs[name][:, -length:] for name in TOKEN_TYPES if inputs.get(name) is not None}
+        ahead = [name for name, new in types.items() if length > 1 and self._see_ahead(name, new)]
+        plan = UpdatePlan(self.window, self.seen, length, self.pads, self.offsets)
+        if ahead and (len(chunks) > 1 or self._replaces_mask(plan)):
+            reason, remedy = f"the rows are padded, by {self.pads} columns", "Pass rows of one length, or one at a time"
+            if len(chunks) > 1 or plan.evicts:
+                reason = f"the {length} new tokens don't fit into the window of {self.window.length} at once"
+                remedy = "Pass a shorter prompt, or a greater `window_length`"
+            raise ValueError(
+                f"`{ahead[0]}` can't be streamed here: it has tokens see later ones, as those of an image do, and "
+                f"{reason}, for which a stream gives the model a mask in which no token sees a later one. {remedy}."
+            )
+        whole = {name: torch.nn.functional.pad(types[name], (self.seen, 0)) for name in ahead}
+        return types | whole
+
+    def _see_ahead(self, name: str, types: torch.Tensor) -> bool:
+        """Whether tokens of these `types` (`[batch, length]`, the model's input `name`) see later ones."""
+        return any(bool(((types != 0) == other).any()) for each, other in self.traits.sees_ahead if each == name)
 
     def _masks(self, model: PreTrainedModel, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
         """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
@@ -3532,6 +3696,7 @@ class Stream:
         for layer in self.layers:
             layer.take_back(end, self.pads)
         self.transcript = self.transcript.up_to(end)
+        self.media = [seen for seen in self.media if seen.end <= end]
         self.plan = None
 
     # The conversation
@@ -3556,6 +3721,28 @@ class Stream:
                 f"`input_ids` must continue the conversation in `{CACHE}`, but are not the tokens that the "
                 "`SinkCache` has seen. To start another one, `reset()` it."
             )
+
+    def new_media(self, media: dict[str, Any], config: Any, new_ids: torch.Tensor) -> dict[str, Any]:
+        """What of `media` belongs to new tokens: a processor of the whole conversation hands over all of it each time.
+
+        Args:
+            config: the model's.
+            new_ids: int64 `[batch, length]`.
+
+        Raises:
+            ValueError: no new token stands for what is new.
+        """
+        new, end = self.media[-1].new_in(media) if self.media else None, end_of_media(config, new_ids)
+        if new == {} and end == 0:
+            return {}
+        if end == 0:
+            raise ValueError(
+                f"Images or the like ({', '.join(media)}) must come with the tokens that stand for them, but no new "
+                f"token does, and they are not those that the `SinkCache` in `{CACHE}` was given before. Leave them "
+                "out to go on, or `reset()` it to start another conversation."
+            )
+        # Of several rows, those of the first have their new ones before the others' old ones.
+        return new if new and len(new_ids) == 1 else media
 
     def end_in_common(self, kwargs: dict[str, Any]) -> int:
         """After which of the columns seen the conversation in the arguments of `generate` goes on.
@@ -4088,7 +4275,8 @@ class SinkCache(Cache):
     the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
     was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
     going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by.
-    What the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own.
+    What the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own,
+    as those that it keeps of another conversation with images (`rope_deltas`).
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
@@ -4276,6 +4464,8 @@ class SinkCache(Cache):
 
     def prepare_inputs(self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None) -> dict[str, Any]:
         """What to call the bound model with for the next tokens, in a loop of your own: `model(**prepare_inputs(...))`.
+
+        The tokens are text. Images go in through `generate`.
 
         Args:
             input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
@@ -4529,7 +4719,7 @@ class SinkCache(Cache):
 SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
 
 # What `generate` appends to at each step, beside its ids and the mask.
-GROWING_INPUTS = ("position_ids", "token_type_ids", "mm_token_type_ids")
+GROWING_INPUTS = ("position_ids", *TOKEN_TYPES)
 
 
 def copied_with(config: Any, **settings) -> Any:
@@ -4564,6 +4754,7 @@ class StreamedCall:
         columns, columns_not_passed: of the conversation, as the loop was given it; see `prompt_columns`.
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, if there are some.
+        media: the images or the like that the stream will have seen after the prompt, if there are new ones.
         prompt_is_next: whether the loop has yet to prepare its first inputs.
         compiled: whether single tokens go in by compiled code, of transformers or of the user.
         uncompiled: what runs the model otherwise, if the user compiled it as a whole.
@@ -4589,7 +4780,9 @@ class StreamedCall:
         assisted: bool = False,
         keeper: Optional[Keeper] = None,
     ):
-        self.model, self.cache, self.chunk_size, self.progress = model, cache, chunk_size, progress
+        # The model's own methods set things on it too.
+        self.model = model = shared_path(model)
+        self.cache, self.chunk_size, self.progress = cache, chunk_size, progress
         self.assisted, self.keeper, self.kept_at = assisted, keeper, None
         self.stand_in = shared(model)
         # A model loaded from a repository that carries this file has `generate` below in its own place.
@@ -4599,7 +4792,7 @@ class StreamedCall:
             vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
         self.columns = self.columns_not_passed = 0
-        self.mask_given, self.embeddings = False, None
+        self.mask_given, self.embeddings, self.media = False, None, None
         self.prompt_is_next, self.handed_on = True, False
         self.uncompiled = uncompiled_code(model)
         self.compiled = not assisted and self._can_step_in_tensors and is_compiled(model)
@@ -4653,10 +4846,27 @@ class StreamedCall:
             if end < self.stream.seen:
                 self.stream.take_back(end)
             self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
+            model_kwargs = self._with_new_media(model_kwargs, prompt_ids(given))
             self.prompt_is_next = self.handed_on = True
             if self.stream.seen > 0 or not is_text(model_kwargs):
                 self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _with_new_media(self, model_kwargs: dict[str, Any], ids: Optional[torch.Tensor]) -> dict[str, Any]:
+        """The arguments of the loop without the images or the like that the stream has seen; see `Stream.new_media`."""
+        media, self.media = media_inputs(model_kwargs), None
+        if not media or ids is None:
+            return model_kwargs
+        config, stream = self.model.config, self.stream
+        if stream.seen > 0:
+            new = stream.new_media(media, config, ids[:, stream.seen - self.columns_not_passed :])
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in media} | new
+            media = new
+        if media:
+            end = end_of_media(config, ids)
+            end = self.columns_not_passed + end if end else self.columns
+            self.media = SeenMedia.of(media, end, stream.media[-1] if stream.media else None)
+        return model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As ever, with the cache by the name that the model has for it."""
@@ -4727,6 +4937,7 @@ class StreamedCall:
             kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
             kwargs["next_sequence_length"] = end - start
         kwargs[self.takes_cache_as] = kwargs.pop(CACHE)
+        given = list(media_inputs(kwargs)) if start > 0 else []
         inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         caches = [inputs.pop(name, None) for name in (CACHE, OLDER_NAME)]
         # Some models start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
@@ -4734,7 +4945,7 @@ class StreamedCall:
             inputs = slice_inputs(inputs, slice(start - end, None))
         inputs[stream.traits.cache_name] = self.cache
         if is_prompt:
-            inputs = self._last_chunk(inputs, new_columns=end - self.columns)
+            inputs = self._last_chunk(inputs, given, new_columns=end - self.columns)
         return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE, compiled)
 
     def _compile_step(self, compiled: bool) -> None:
@@ -4743,10 +4954,11 @@ class StreamedCall:
             {name: vars(self.model)[name] for name in self.uncompiled} if compiled else self.uncompiled
         )
 
-    def _last_chunk(self, inputs: dict[str, Any], new_columns: int) -> dict[str, Any]:
+    def _last_chunk(self, inputs: dict[str, Any], given: list[str], new_columns: int) -> dict[str, Any]:
         """Run the model on all of a prompt but its last chunk; the inputs of that.
 
         Args:
+            given: see `refuse_media`.
             new_columns: how many columns the loop itself has appended, as the draft of assisted decoding. It needs the
                 logits of these and of the token before them, so they come in one chunk.
         """
@@ -4759,13 +4971,14 @@ class StreamedCall:
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
                 self.kept_at -= ANSWER_PREFIX  # it can't be taken back, so the prompt is kept before it
                 chunks = cut_at(chunks, self.kept_at - stream.seen)
-        refuse_media(inputs, chunks)
+        refuse_media(self.model, inputs, given, chunks)
+        inputs = inputs | stream.types_of_prompt(inputs, chunks)
         stream.refuse_other_positions(inputs.get("position_ids"))
         recording = stream.record_past
         stream.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
         self._prefill(inputs, chunks[:-1])
         stream.record_past = recording
-        return slice_inputs(inputs, chunks[-1])
+        return inputs if len(chunks) == 1 else slice_inputs(inputs, chunks[-1])
 
     def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
         """Run the model on these chunks of its inputs."""
@@ -4793,6 +5006,8 @@ class StreamedCall:
             return kwargs
         self.stream.finish_update()
         self._keep_prompt()
+        if self.media is not None:
+            self.stream.media, self.media = [*self.stream.media, self.media], None
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
@@ -5041,7 +5256,7 @@ def _generate_by_name(
     around = vars(model).get("_streamed_call")  # an override on a stand-in, that asks for a stream by itself
     if around is not None and cache is around.cache:
         return loop.__get__(model)(**{CACHE: cache}, **kwargs)
-    model = model if around is None else around.model
+    model = model if around is None else around.cache._bound_model
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     keeper = None
     number, on_cpu = kept = [resolve_setting(model, keeping | kwargs, name) for name in keeping]

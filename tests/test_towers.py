@@ -87,6 +87,29 @@ TOWERS = {
         boi_token_index=209,
         eoi_token_index=208,
     ),
+    "gemma4": dict(
+        vision_config=dict(
+            **VISION,
+            num_key_value_heads=2,
+            head_dim=16,
+            global_head_dim=16,
+            patch_size=2,
+            position_embedding_size=16,
+            pooling_kernel_size=2,
+            default_output_length=4,
+        ),
+        text_config=dict(
+            **TEXT,
+            **SLIDING,
+            global_head_dim=16,
+            hidden_size_per_layer_input=0,
+            vocab_size_per_layer_input=211,
+            num_kv_shared_layers=0,
+            use_bidirectional_attention="vision",
+        ),
+        image_token_id=IMAGE,
+        audio_config=None,
+    ),
     "mllama": dict(  # with a layer that attends to images alone
         vision_config=dict(
             num_global_layers=1,
@@ -107,6 +130,8 @@ if RELEASE < Version("4.56"):  # where layers of several kinds are refused
     del TOWERS["gemma3"]
 if RELEASE < Version("5.3"):  # where these are missing, or broken
     del TOWERS["llama4"], TOWERS["qwen3_vl"], TOWERS["mllama"]
+if RELEASE < Version("5.8"):
+    del TOWERS["gemma4"]
 if RELEASE >= Version("5.24"):  # where its forward asks for an output that it doesn't have, with any cache
     del TOWERS["llama4"]
 
@@ -114,7 +139,7 @@ if RELEASE >= Version("5.24"):  # where its forward asks for an output that it d
 def model_with_a_tower(name: str):
     with seeded():
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name](**TOWERS[name])).eval().float()
-    return sharpened(model)
+    return model if name == "gemma4" else sharpened(model)  # whose scores are not divided by a square root
 
 
 # Of text alone: neither padding nor what stands for an image.
@@ -131,6 +156,10 @@ def an_image(model, name: str) -> tuple[torch.Tensor, dict]:
         return ids, image | (dict(mm_token_type_ids=(ids == IMAGE).long()) if RELEASE >= Version("5.3") else {})
     if name == "mistral3":
         return ids, dict(pixel_values=pixels.repeat(1, 1, 2, 2), image_sizes=torch.tensor([[8, 8]]))
+    if name == "gemma4":  # four by four patches, merged two by two
+        places = torch.tensor([[[column, row] for row in range(4) for column in range(4)]])
+        image = dict(pixel_values=pixels.repeat(1, 1, 2, 2).reshape(1, 16, 12), image_position_ids=places)
+        return ids, image | dict(mm_token_type_ids=(ids == IMAGE).long())
     if name == "gemma3":
         return ids, dict(pixel_values=pixels.repeat(1, 1, 2, 2), token_type_ids=(ids == IMAGE).long())
     return ids, dict(pixel_values=pixels)
@@ -159,7 +188,7 @@ def test_turns_and_a_saved_conversation(name, tmp_path):
 def test_positions_of_an_image_in_two_dimensions_are_refused():
     model = model_with_a_tower("qwen2_vl")
     ids, image = an_image(model, "qwen2_vl")
-    with pytest.raises(ValueError, match="positions other than 0, 1, 2|chooses their positions where"):
+    with pytest.raises(ValueError, match="Images.*positions of several axes"):
         stream(model, ids, **image)
 
 
@@ -192,3 +221,137 @@ def test_drafts_and_a_layer_that_attends_to_images_alone():
     call |= dict(input_ids=prompt(30).clamp(max=200), eos_token_id=IMAGE)  # 5.3's prompt lookup asks for one
     expected = generate(model, 16, 4, **call)
     assert torch.equal(generate(model, 16, 4, prompt_lookup_num_tokens=4, **call)[:, :70], expected)
+
+
+WITH_AXES = [name for name in ("qwen2_vl", "qwen3_vl") if name in TOWERS]
+TYPED = [name for name in ("gemma3", "gemma4") if name in TOWERS]
+PLAIN = ["llava", "mistral3", *TYPED]
+# Until 4.57 the pictures of a later prompt are left out, with any cache.
+DROPS_LATER = RELEASE < Version("5.0")
+takes_later = pytest.mark.skipif(DROPS_LATER, reason="this release leaves out the images of a later prompt")
+
+
+@pytest.mark.parametrize("name", WITH_AXES)
+def test_positions_that_a_model_keeps_of_another_conversation(name):
+    model = model_with_a_tower(name)
+    kept = model.model.rope_deltas = torch.tensor([[-7], [-7], [-7]])  # as after three rows with images
+    said, cache = prompt(3).clamp(max=200), None
+    for new in (0, 5, 1):  # the last answer's last token alone is new in the third turn
+        said = torch.cat([said, prompt(new, seed=1).clamp(max=200)[:, 1:]], dim=1)
+        output = stream(model, said, 20, **({} if cache is None else {"past_key_values": cache}))
+        expected = oracle(model, output.sequences[0].tolist(), 16, 4)[said.shape[1] - 1 : -1]
+        assert difference(torch.cat(output.logits), expected) < 1e-5
+        said, cache = output.sequences, output.past_key_values
+    own, logits = SinkCache(16, 4).bind(model), []
+    for token in said[0, :30, None, None]:
+        with torch.no_grad():
+            logits.append(model(**own.prepare_inputs(token)).logits[0, -1])
+    assert difference(torch.stack(logits), oracle(model, said[0, :30].tolist(), 16, 4)) < 1e-5
+    assert model.model.rope_deltas is kept
+
+
+def typed(ids: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """The types of these tokens, as processors give them."""
+    names = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
+    return {names[name]: (ids == IMAGE).long()} if name in names else {}
+
+
+def images_of(model, name: str) -> tuple[torch.Tensor, dict, dict]:
+    """The tokens of an image, that image, and another of the same size."""
+    ids, image = an_image(model, name)
+    image = {key: value for key, value in image.items() if "type_ids" not in key}
+    other = {key: value.flip(-1) if value.is_floating_point() else value for key, value in image.items()}
+    return ids, image, other
+
+
+def turn(model, name: str, ids: torch.Tensor, cache=None, **inputs):
+    settings = dict(max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True, output_logits=True)
+    settings |= dict(suppress_tokens=[0, 208, 209, 210]) | typed(ids, name) | inputs
+    if cache is None:
+        return model.generate(input_ids=ids, do_sample=False, **settings)
+    return generate(model, input_ids=ids, do_sample=False, past_key_values=cache, **settings)
+
+
+def assert_same(output, expected):
+    assert difference(torch.cat(output.logits), torch.cat(expected.logits)) < 1e-5
+
+
+@takes_later
+@pytest.mark.parametrize("name", PLAIN)
+def test_images_of_later_turns_that_the_window_holds(name):
+    model, cache = model_with_a_tower(name), SinkCache(64, 4)
+    ids, image, other = images_of(model, name)
+    said = turn(model, name, prompt(9).clamp(2, 200), cache).sequences
+    said = torch.cat([said, ids], dim=1)
+    output = turn(model, name, said, cache, **image)
+    assert_same(output, turn(model, name, said, **image))
+    said = torch.cat([output.sequences, ids], dim=1)
+    new = said[:, cache.get_seq_length() :]
+    output = turn(model, name, new, cache, attention_mask=torch.ones_like(said), **other)
+    both = {key: torch.cat([value, other[key]]) for key, value in image.items()}
+    assert_same(output, turn(model, name, said, **both))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_images_that_come_again(name):
+    """Processors of the whole conversation hand over all images in each turn."""
+    model, cache = model_with_a_tower(name), SinkCache(64, 4)
+    ids, image, other = images_of(model, name)
+    said = torch.cat([turn(model, name, ids, cache, **image).sequences, prompt(3).clamp(2, 200)], dim=1)
+    with pytest.raises(ValueError, match="pixel_values.*not those that the `SinkCache` in .* was given before"):
+        turn(model, name, said, cache, **other)
+    output = turn(model, name, said, cache, **image)
+    assert_same(output, turn(model, name, said, **image))
+    if not DROPS_LATER:
+        said = torch.cat([output.sequences, ids], dim=1)
+        both = {key: torch.cat([value, other[key]]) for key, value in image.items()}
+        output = turn(model, name, said, cache, **both)
+        expected = turn(model, name, said, **both)
+        assert_same(output, expected)
+        if name not in TYPED:  # which can't take back: the last token again, and then the image too
+            assert_same(turn(model, name, said, cache, **both), expected)
+            cache.crop(max_length=said.shape[1] - 8)
+            assert_same(turn(model, name, said, cache, **both), expected)
+
+
+def test_the_image_of_a_later_turn_that_is_left_out_is_refused():
+    if not DROPS_LATER:
+        pytest.skip("this release passes it on")
+    for name in PLAIN:
+        model, cache = model_with_a_tower(name), SinkCache(64, 4)
+        ids, image, _ = images_of(model, name)
+        said = torch.cat([turn(model, name, prompt(5).clamp(2, 200), cache).sequences, ids], dim=1)
+        with pytest.raises(ValueError, match="pixel_values.* must come with the first prompt"):
+            turn(model, name, said, cache, **image)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_images_in_rows_of_two_lengths(name):
+    model = model_with_a_tower(name)
+    ids, image, other = images_of(model, name)
+    rows = torch.cat([torch.cat([torch.zeros_like(ids[:, :3]), ids], dim=1), torch.cat([ids[:, :3], ids], dim=1)])
+    both = {key: torch.cat([value, other[key]]) for key, value in image.items()}
+    both["attention_mask"] = (rows != 0).long()
+    if name in TYPED:
+        with pytest.raises(ValueError, match="token_type_ids.* has tokens see later ones.* rows are padded, by .3, 0."):
+            turn(model, name, rows, SinkCache(64, 4), **both)
+    else:
+        assert_same(turn(model, name, rows, SinkCache(64, 4), **both), turn(model, name, rows, **both))
+
+
+@takes_later
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_image_past_the_window_in_one_chunk(name):
+    model = model_with_a_tower(name)
+    ids, image, _ = images_of(model, name)
+    first = stream(model, prompt(5).clamp(max=200), 20, **typed(prompt(5), name))
+    said, cache = torch.cat([first.sequences, ids], dim=1), first.past_key_values
+    inputs = dict(past_key_values=cache, prefill_chunk_size=64, **image, **typed(said, name))
+    if name in TYPED:
+        with pytest.raises(ValueError, match="token_type_ids.* see later ones.* the 11 new tokens don't fit"):
+            stream(model, said, 10, **inputs)
+        assert cache.get_seq_length() == 24
+    else:
+        output = stream(model, said, 10, **inputs)
+        expected = oracle(model, output.sequences[0].tolist(), 16, 4, **image)[said.shape[1] - 1 : -1]
+        assert difference(torch.cat(output.logits), expected) < 1e-5
