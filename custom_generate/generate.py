@@ -49,7 +49,7 @@ import types
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType, MethodType
 from typing import Any, Optional, Union
@@ -1747,10 +1747,15 @@ def shared_path(model: PreTrainedModel) -> Any:
         inner = shared(holders[-1]._modules[name])
         vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
         holders.append(inner)
-    for holder in holders:
-        if "rope_deltas" in vars(holder):
-            vars(holder)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    _count_tokens_alone(holders, input_device(model))
     return holders[0]
+
+
+def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
+    """Have positions on stand-ins of modules be no others than the count of tokens."""
+    for stand_in in stand_ins:
+        if "rope_deltas" in vars(stand_in):
+            vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
 
 
 def has_positions_of_axes(module: torch.nn.Module) -> bool:
@@ -1802,6 +1807,7 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
     for module in modules:
         if not hasattr(module, "_orig_mod"):
             _part_from(module, stand_ins)
+    _count_tokens_alone(stand_ins.values(), input_device(model))
     try:
         yield stand_ins[id(model)]
     finally:

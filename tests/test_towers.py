@@ -7,7 +7,7 @@ import torch
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import SinkCache, generate, read_model
 from tests.support import helpers
 from tests.support.helpers import RELEASE, SMALL, prompt, seeded, sharpened
 from tests.support.oracle import difference, oracle
@@ -247,6 +247,25 @@ def test_positions_that_a_model_keeps_of_another_conversation(name):
         with torch.no_grad():
             logits.append(model(**own.prepare_inputs(token)).logits[0, -1])
     assert difference(torch.stack(logits), oracle(model, said[0, :30].tolist(), 16, 4)) < 1e-5
+    assert model.model.rope_deltas is kept
+
+
+@pytest.mark.skipif(RELEASE < Version("5.15"), reason="until then models with such states are refused")
+def test_a_reading_is_not_told_the_positions_of_another_conversation():
+    text = dict(
+        **TEXT,
+        rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        layer_types=["linear_attention", "full_attention", "full_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+    )
+    settings = {name: value for name, value in TOWERS["qwen3_vl"].items() if name != "text_config"}
+    with seeded():
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["qwen3_5"](text_config=text, **settings))
+    kept = model.model.rope_deltas = torch.tensor([[-7]])
+    assert read_model(model.eval().float()).continues_positions
     assert model.model.rope_deltas is kept
 
 
