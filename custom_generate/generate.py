@@ -5253,6 +5253,13 @@ def _generate_by_name(
     cache = older if cache is None else cache
     model = unwrapped(model)
     loop = _generate_behind(model)
+    part = _part_that_generates(model, loop)
+    if part is not None:
+        own = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+        settings = keeping | {"prefill_chunk_size": None} | (own if cache is None else {})  # else the cache's own count
+        own |= {name: resolve_setting(model, own | keeping | kwargs, name) for name in settings}
+        kwargs = {name: value for name, value in kwargs.items() if name not in own} | own
+        return _generate_inside(model, part, loop, kwargs | {CACHE: cache, "prefill_progress": prefill_progress})
     refuse_arguments(model, kwargs)
     chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
     chunk_size = None if chunk_size is None else operator.index(chunk_size)
@@ -5337,6 +5344,28 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
     if begun == len(classes):  # transformers' own, which calls functions for `custom_generate` under its decorators
         return inspect.unwrap(vars(classes[-1])["generate"])
     return vars(classes[begun])["generate"]
+
+
+def _part_that_generates(model: PreTrainedModel, loop: Callable) -> Optional[str]:
+    """The one module of `model` whose `generate` its own, `loop`, calls for tokens, as BLIP-2's does; None if none."""
+    names = getattr(getattr(inspect.unwrap(loop), "__code__", None), "co_names", ())
+    if "generate" not in names or "super" in names or loop.__module__.startswith("transformers.generation"):
+        return None
+    generating = (PreTrainedModel, transformers.GenerationMixin)
+    parts = [name for name in names if all(isinstance(model._modules.get(name), each) for each in generating)]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: dict[str, Any]) -> Any:
+    """Run `loop`, the model's own `generate`, and stream in its `part`: what `custom_generate` as an argument does."""
+    stand_in, inner = shared(model), shared(model._modules[part])
+
+    def generate_in_part(*args, **inputs) -> Any:
+        return generate(*args, model=model._modules[part], **inputs)
+
+    vars(inner)["generate"] = generate_in_part
+    vars(stand_in)["_modules"] = {**model._modules, part: inner}
+    return loop.__get__(stand_in)(**{name: value for name, value in kwargs.items() if value is not None})
 
 
 def _first_argument(frame: Any) -> Any:

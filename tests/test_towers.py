@@ -6,10 +6,12 @@ import pytest
 import torch
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import Blip2ForConditionalGeneration as Blip2
+from transformers import InstructBlipForConditionalGeneration as InstructBlip
 
 from custom_generate.generate import SinkCache, generate, read_model
-from tests.support import helpers
-from tests.support.helpers import RELEASE, SMALL, prompt, seeded, sharpened
+from tests.support import ROOT, helpers
+from tests.support.helpers import RELEASE, SMALL, loadable, prompt, seeded, sharpened
 from tests.support.oracle import difference, oracle
 
 IMAGE = 210  # the token that an image's features take the place of
@@ -374,3 +376,32 @@ def test_an_image_past_the_window_in_one_chunk(name):
         output = stream(model, said, 10, **inputs)
         expected = oracle(model, output.sequences[0].tolist(), 16, 4, **image)[said.shape[1] - 1 : -1]
         assert difference(torch.cat(output.logits), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["blip-2", "instructblip"])
+def test_a_model_that_generates_inside_by_each_door(name):
+    sizes = {key: value for key, value in VISION.items() if key != "projection_dim"}
+    config = CONFIG_MAPPING[name](
+        vision_config=dict(image_size=4, patch_size=2, **sizes),
+        qformer_config=dict(encoder_hidden_size=32, vocab_size=211, **sizes),
+        text_config=dict(model_type="llama", **TEXT),
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    )
+    with seeded():
+        model = sharpened((Blip2 if name == "blip-2" else InstructBlip)(config).eval().float())
+    ids, image = prompt(10).clamp(max=200), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ids[0, :4] = IMAGE
+    inputs = dict(pixel_values=image, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30)
+    inputs |= dict(qformer_input_ids=prompt(5), qformer_attention_mask=torch.ones(1, 5)) if name != "blip-2" else {}
+    window = dict(window_length=16, num_sink_tokens=4)
+    expected = model.generate(**inputs, **window, custom_generate=loadable(ROOT), trust_remote_code=True)
+    assert not torch.equal(expected, model.generate(**inputs))
+    assert torch.equal(generate(model, 16, 4, **inputs), expected)
+    assert "generate" not in vars(model.language_model)
+    model.generation_config.window_length, model.generation_config.num_sink_tokens = 16, 4
+    model.generate = functools.partial(generate, model=model)  # as of a folder that carries the code
+    cache = SinkCache(16, 4)
+    assert torch.equal(model.generate(**inputs), expected)
+    assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
+    assert cache.get_seq_length() == 39
