@@ -354,6 +354,9 @@ except ImportError:  # until 4.53 a cache has no layer objects
 # wrong.
 MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
 
+# What a cache without a limit answers where it is asked for one.
+NO_LIMIT = -1 if MASKS_FOLLOW_THE_CACHE else None
+
 # What models, their outputs and `generate` call a cache. From 5.24 on users may still use the older name, and code that
 # comes with a model may know no other.
 OLDER_NAME = "past_key_values"
@@ -1274,6 +1277,8 @@ class ModelTraits:
         balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
         sees_ahead: the types of tokens that see later ones of their type, as those of an image do: by which input the
             model is told them, and whether they are other than 0.
+        brings_code: see the function of that name.
+        inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
     """
 
     rotations: list[Optional[Rotation]]
@@ -1291,6 +1296,8 @@ class ModelTraits:
     counts_places: bool
     balances_experts: bool
     sees_ahead: frozenset[tuple[str, bool]]
+    brings_code: bool
+    inverts_masks: bool
 
     def __deepcopy__(self, memo: dict) -> "ModelTraits":
         return self  # they never change
@@ -1431,6 +1438,9 @@ def _traits(
 ) -> ModelTraits:
     """The traits of `model` with these, and those that follow from what it `cached` of single tokens."""
     layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in cached]
+    # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
+    dtypes = (dtype for layer in layouts for _, dtype, _ in layer)
+    mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
     return ModelTraits(
         rotations=rotations,
         index_rotations=index_rotations,
@@ -1440,14 +1450,15 @@ def _traits(
         continues_positions=_continues_positions(model, rounding),
         rounding=rounding,
         reach=reach,
-        # Queries may be wider than the first parameter, whose dtype is the model's. Narrower ones take a wider mask.
-        mask_dtype=functools.reduce(torch.promote_types, (each[1] for layer in layouts for each in layer), model.dtype),
+        mask_dtype=mask_dtype,
         trained_length=trained_length(model.config),
         cache_name=cache_name(model.forward),
         ordered=ordered,
-        counts_places=ordered or COUNTS_BY_LAYER or unscaled_length(model.config) is not None,
+        counts_places=ordered or COUNTS_BY_LAYER or brings_code(model) or unscaled_length(model.config) is not None,
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
         sees_ahead=_sees_ahead(model, rounding),
+        brings_code=brings_code(model),
+        inverts_masks=not ordered and brings_code(model) and _inverts_masks(model, mask_dtype, rounding),
     )
 
 
@@ -2173,6 +2184,27 @@ def _sees_ahead(model: PreTrainedModel, rounding: float) -> frozenset[tuple[str,
     return frozenset(found)
 
 
+def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) -> bool:
+    """Whether the model takes 1 in a mask of four dimensions for what is seen, as a helper of transformers does.
+
+    Models of transformers add such a mask to their scores, so that 0 is seen.
+
+    Raises:
+        ValueError: it makes neither of it, or takes no such mask. Layers of several kinds are not tried.
+    """
+    if not takes_masks(model) or {type(layer).__name__ for layer in default_layers(model)} - {*FULL_LAYERS}:
+        return False
+    tokens, expected = some_tokens(model, 4), _logits_at(model, 0)
+    sees = torch.ones(4, 1, 4, 4, dtype=torch.bool, device=tokens.device).tril()
+    changed, failed = [], "its code takes no mask over keys, `[batch, 1, tokens, keys]`"
+    with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
+        for mask in (additive_mask(sees, dtype), sees.to(dtype)):
+            changed.append(_difference(expected, _allowed_logits(_run(model, tokens, attention_mask=mask)[0])))
+    if not min(changed) <= max(1e-5, 16 * rounding):
+        raise cant_stream(model, "its code makes something else of a mask over keys, `[batch, 1, tokens, keys]`.")
+    return changed[1] < changed[0]
+
+
 # The rotation that fits
 
 
@@ -2368,6 +2400,12 @@ def slides_everywhere(model: PreTrainedModel) -> bool:
 def takes_masks(model: PreTrainedModel) -> bool:
     """Whether the model's attention takes a mask over keys. Flash attention doesn't."""
     return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def brings_code(model: PreTrainedModel) -> bool:
+    """Whether the model's forward is no code of transformers. Such code may ask a cache what theirs does not."""
+    forward_of = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    return not forward_of.__module__.startswith("transformers.")
 
 
 def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> list:
@@ -3405,6 +3443,11 @@ class Stream:
             inputs["attention_mask"] = self.compiled.mask
         elif self._replaces_mask(plan):
             inputs["attention_mask"] = self._masks(model, plan, tokens)
+        elif getattr(inputs.get("attention_mask"), "ndim", 0) == 2:  # of all of a prompt, which goes in by chunks
+            inputs["attention_mask"] = inputs["attention_mask"][:, : plan.end]
+        mask = inputs.get("attention_mask")
+        if self.traits.inverts_masks and mask is not None and mask.dim() == 4:
+            inputs["attention_mask"] = (mask == 0).to(mask.dtype)
         if inputs.get("output_router_logits", self.traits.balances_experts):
             inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
         if TELLS_COLUMNS and self._counts_places:
@@ -3798,7 +3841,7 @@ class UnboundLayers:
     """
 
     def __init__(self, window: Window):
-        self.window, self.layers = window, []
+        self.window, self.layers, self.seen = window, [], 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self._cos: Optional[torch.Tensor] = None
@@ -3836,6 +3879,7 @@ class UnboundLayers:
         if layer_idx == 0 and cos is not None and sin is not None:
             self._remember_angles(cos, sin)
         length = key_states.shape[-2]
+        self.seen += length if layer_idx == 0 else 0
         if layer_idx >= len(self.keys):
             self.keys.append(key_states)
             self.values.append(value_states)
@@ -4519,11 +4563,24 @@ class SinkCache(Cache):
         """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
         return self.held.seq_length(layer_idx)
 
-    def get_max_length(self, *args, **kwargs) -> int:
-        """The most tokens kept: `window_length`."""
-        return self.window_length
+    def get_max_length(self, *args, **kwargs) -> Optional[int]:
+        """The most tokens kept: `window_length`.
+
+        A model that brings code of its own is told of no limit, as by transformers' default cache. It would crop the
+        mask to it, and count positions in what is left.
+        """
+        return NO_LIMIT if self.is_bound and self.held.traits.brings_code else self.window_length
 
     get_max_cache_shape = get_max_length
+
+    @property
+    def seen_tokens(self) -> int:
+        """How many tokens came, padding included, those among them that were evicted too. Some code of models asks."""
+        return self.held.seen
+
+    def get_usable_length(self, new_seq_length: int, layer_idx: int = 0) -> int:
+        """How many keys `update` will return beside so many new ones. Some code of models asks for it."""
+        return self.get_mask_sizes(new_seq_length, layer_idx)[0] - new_seq_length
 
     def get_mask_sizes(
         self,
@@ -4945,10 +5002,11 @@ class StreamedCall:
         kwargs[self.takes_cache_as] = kwargs.pop(CACHE)
         given = list(media_inputs(kwargs)) if start > 0 else []
         inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        caches = [inputs.pop(name, None) for name in (CACHE, OLDER_NAME)]
-        # Some models start over where their frequencies change, and 5.3 and later take new ids for new tokens all.
-        if not any(cache is self.cache for cache in caches) or new_tokens(inputs).shape[1] > end - start:
-            inputs = slice_inputs(inputs, slice(start - end, None))
+        for name in (CACHE, OLDER_NAME):
+            inputs.pop(name, None)
+        # Some models start over where their frequencies change, 5.3 and later take new ids for new tokens all, and code
+        # that comes with a model may leave positions of all tokens.
+        inputs = slice_inputs(inputs, slice(start - end, None))
         inputs[stream.traits.cache_name] = self.cache
         if is_prompt:
             inputs = self._last_chunk(inputs, given, new_columns=end - self.columns)

@@ -33,3 +33,17 @@ def test_new_tokens_are_counted_by_either_name(bound):
     assert cache.get_mask_sizes(query_length=3, layer_idx=0) == expected
     assert cache.get_mask_sizes(cache_position=columns, layer_idx=0) == expected
     assert cache.get_mask_sizes(columns, 0) == expected
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
+def test_tokens_seen_and_room_beside_new_ones(bound):
+    model, cache = small_model(), SinkCache(16, 4)
+    if bound:
+        for ids in prompt(20).split(1, dim=1):
+            model(**cache.bind(model).prepare_inputs(ids))
+    else:
+        keys, angles = torch.zeros(1, 1, 20, 8), dict(sin=torch.zeros(16, 8), cos=torch.ones(16, 8))
+        for states in keys.split(1, dim=2):
+            cache.update(states, states, 0, angles)
+    assert cache.seen_tokens == 20
+    assert cache.get_usable_length(1) == 15
