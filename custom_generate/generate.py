@@ -4794,12 +4794,52 @@ def copied_with(config: Any, **settings) -> Any:
     return config
 
 
+class Phase(enum.Enum):
+    """What the decoding loop of a call is at."""
+
+    BEFORE = "it has not got the cache yet"
+    PROMPT = "it prepares its prompt next"
+    DECODE = "it has read its prompt, and generates"
+    IDLE = "it has generated all, and runs passes that other processes wait for"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The conversation as the decoding loop got it.
+
+    Args:
+        columns: how many it has.
+        columns_not_passed: how many of the first of them `input_ids` leave out.
+        mask_given: whether its mask was given with it.
+        embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
+        media: the images or the like that the stream will have seen after it, if there are new ones.
+    """
+
+    columns: int = 0
+    columns_not_passed: int = 0
+    mask_given: bool = False
+    embeddings: Optional[torch.Tensor] = None
+    media: Optional[SeenMedia] = None
+
+
 class StreamedCall:
     """One call of `generate`: a stand-in for the model, which prepares its inputs for a cache.
 
     Every decoding loop of transformers passes by some methods of the model. The stand-in shares all of the model but
     these, which are the methods of the same names here. So nothing is set on the model: calls from other threads can't
-    meet this one's, and nothing has to be undone after an error.
+    meet this one's, and nothing has to be undone after an error. A call goes so:
+
+    1. `generate` binds the cache to the model, and `decode` runs the decoding loop of transformers on the stand-in.
+    2. `_validate_model_kwargs`: the loop checks its arguments.
+    3. `_prepare_model_inputs`: the first to see what the loop got. What is not in the conversation is taken back.
+    4. `_prepare_generated_length`, `_get_stopping_criteria`: how long the loop goes on.
+    5. `_valid_auto_compile_criteria`: whether single tokens go in by compiled code.
+    6. `prepare_inputs_for_generation`, of the prompt: it is cut into chunks, and the model run on all but the last.
+    7. The loop runs the model on the last chunk. In each layer the model calls `SinkCache.update`.
+    8. `_update_model_kwargs_for_generation`: the update is done. What would grow with the stream is cut.
+    9. The loop chooses a token, and `prepare_inputs_for_generation` gives it its position and mask.
+    10. The loop runs the model on it, and goes on at 8 until its stopping criteria are met.
+    11. `decode` ends the call, whatever ended the loop: nothing is left of it but what the stream holds.
 
     Args:
         model: the model, which `cache` is bound to.
@@ -4813,15 +4853,11 @@ class StreamedCall:
         stand_in: what the decoding loop runs on.
         stream: the cache at work.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
+        phase: what the loop is at.
+        prompt: what it got.
         kept_at: after how many columns the conversation is kept next; None if it isn't.
-        columns, columns_not_passed: of the conversation, as the loop was given it; see `prompt_columns`.
-        mask_given: whether its mask was given with it.
-        embeddings: its `inputs_embeds`, if there are some.
-        media: the images or the like that the stream will have seen after the prompt, if there are new ones.
-        prompt_is_next: whether the loop has yet to prepare its first inputs.
-        compiled: whether single tokens go in by compiled code, of transformers or of the user.
+        compiles: whether single tokens go in by compiled code, of transformers or of the user.
         uncompiled: what runs the model otherwise, if the user compiled it as a whole.
-        handed_on: whether the cache has come to transformers' own `generate`, by one of the model's class perhaps.
     """
 
     REPLACED = (
@@ -4854,11 +4890,9 @@ class StreamedCall:
         for name in self.REPLACED:
             vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
-        self.columns = self.columns_not_passed = 0
-        self.mask_given, self.embeddings, self.media = False, None, None
-        self.prompt_is_next, self.handed_on = True, False
+        self.phase, self.prompt = Phase.BEFORE, Prompt()
         self.uncompiled = uncompiled_code(model)
-        self.compiled = not assisted and self._can_step_in_tensors and is_compiled(model)
+        self.compiles = not assisted and self._can_step_in_tensors and is_compiled(model)
 
     @staticmethod
     def _in_place_of(method: Callable, ours: Callable) -> Callable:
@@ -4880,13 +4914,13 @@ class StreamedCall:
         recorded = self.stream.record_past
         try:
             output = loop.__get__(self.stand_in)(**{CACHE: self.cache}, **kwargs)
-            if not self.handed_on:
+            if self.phase is Phase.BEFORE:
                 raise ValueError(
                     f"`model` ({type(self.model).__name__}) has a `generate` of its own that did not hand "
                     f"`{CACHE}` on to that of transformers, so nothing was streamed. Have it pass on the "
                     "arguments that it doesn't know."
                 )
-            if self.keeper is not None and not self.prompt_is_next:
+            if self.keeper is not None and self.phase is not Phase.PROMPT:
                 self._keep()
             return output
         finally:
@@ -4903,32 +4937,33 @@ class StreamedCall:
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """As ever. It is the first to see what the loop was given, by a `generate` of the model's own perhaps."""
         if model_kwargs.get(CACHE) is self.cache:
-            given = {"inputs": inputs} | model_kwargs
-            self.columns, self.columns_not_passed, _ = prompt_columns(given)
-            end = self.stream.end_in_common(given)
-            if end < self.stream.seen:
-                self.stream.take_back(end)
-            self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
+            given, stream = {"inputs": inputs} | model_kwargs, self.stream
+            columns, columns_not_passed, _ = prompt_columns(given)
+            end = stream.end_in_common(given)
+            if end < stream.seen:
+                stream.take_back(end)
+            mask_given = given.get("attention_mask") is not None
+            self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"))
             model_kwargs = self._with_new_media(model_kwargs, prompt_ids(given))
-            self.prompt_is_next = self.handed_on = True
-            if self.stream.seen > 0 or not is_text(model_kwargs):
+            self.phase = Phase.PROMPT
+            if stream.seen > 0 or not is_text(model_kwargs):
                 self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _with_new_media(self, model_kwargs: dict[str, Any], ids: Optional[torch.Tensor]) -> dict[str, Any]:
         """The arguments of the loop without the images or the like that the stream has seen; see `Stream.new_media`."""
-        media, self.media = media_inputs(model_kwargs), None
+        media, stream, not_passed = media_inputs(model_kwargs), self.stream, self.prompt.columns_not_passed
         if not media or ids is None:
             return model_kwargs
-        config, stream = self.model.config, self.stream
         if stream.seen > 0:
-            new = stream.new_media(media, config, ids[:, stream.seen - self.columns_not_passed :])
+            new = stream.new_media(media, self.model.config, ids[:, stream.seen - not_passed :])
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in media} | new
             media = new
         if media:
-            end = end_of_media(config, ids)
-            end = self.columns_not_passed + end if end else self.columns
-            self.media = SeenMedia.of(media, end, stream.media[-1] if stream.media else None)
+            end = end_of_media(self.model.config, ids)
+            end = not_passed + end if end else self.prompt.columns
+            seen = SeenMedia.of(media, end, stream.media[-1] if stream.media else None)
+            self.prompt = replace(self.prompt, media=seen)
         return model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -4958,12 +4993,12 @@ class StreamedCall:
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], *args) -> bool:
         """As ever, for a cache that otherwise is offered to nobody for compilation: its steps are prepared here."""
         one_graph = getattr(self.model, "_can_compile_fullgraph", True)
-        self.cache.is_compileable = CAN_COMPILE and one_graph and self._can_step_in_tensors
-        try:
-            valid = self.model._valid_auto_compile_criteria(model_kwargs, *args)
-        finally:
-            self.cache.is_compileable = False
-        self.compiled |= valid and model_kwargs.get(CACHE) is self.cache
+        if model_kwargs.get(CACHE) is not self.cache or not (CAN_COMPILE and one_graph and self._can_step_in_tensors):
+            return self.model._valid_auto_compile_criteria(model_kwargs, *args)
+        offered = shared(self.cache)
+        offered.is_compileable = True
+        valid = self.model._valid_auto_compile_criteria(model_kwargs | {CACHE: offered}, *args)
+        self.compiles |= valid
         return valid
 
     @property
@@ -4977,40 +5012,54 @@ class StreamedCall:
         """The model's own inputs, for the new tokens only, fitted to the cache. Of a prompt, for its last chunk."""
         if kwargs.get(CACHE) is not self.cache:  # a generation within this one, as token healing does
             return self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        is_prompt, end = self.prompt_is_next, self.columns_not_passed + input_ids.shape[1]
-        self.prompt_is_next = False
-        if is_prompt:
-            pads = left_padding(kwargs.get("attention_mask"), self.mask_given)
-            if self.keeper is not None:
-                self.cache._hold(self.keeper.resume(self.stream, input_ids, pads, most=self.columns - 1))
-        stream = self.stream
-        start = stream.seen
-        compiled = self.compiled and not is_prompt
-        self._compile_step(compiled)
-        if is_prompt:
-            stream.begin(len(input_ids), pads)
-            stream.refuse_other_ids(input_ids, end)
-        elif kwargs.get("position_ids") is None:  # 5.3 makes them of the mask, which is taken away after each step
-            positions = stream.natural_positions(end - start)
+        if self.phase is Phase.PROMPT:
+            self.phase = Phase.DECODE
+            return self._inputs_of_prompt(input_ids, args, kwargs)
+        stream, new = self.stream, self._end_of(input_ids) - self.stream.seen
+        self._compile_step(self.compiles)
+        if kwargs.get("position_ids") is None:  # 5.3 makes them of the mask, which is taken away after each step
+            positions = stream.natural_positions(new)
             kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
-        stream.transcript = stream.transcript.with_ids(input_ids, self.columns_not_passed)
+        inputs = self._own_inputs(input_ids, args, kwargs)
+        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE, self.compiles)
+
+    def _inputs_of_prompt(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same for a prompt: the inputs of its last chunk, after the model was run on those before."""
+        pads = left_padding(kwargs.get("attention_mask"), self.prompt.mask_given)
+        if self.keeper is not None:
+            self.cache._hold(self.keeper.resume(self.stream, input_ids, pads, most=self.prompt.columns - 1))
+        stream, end = self.stream, self._end_of(input_ids)
+        new = end - stream.seen
+        self._compile_step(False)
+        stream.begin(len(input_ids), pads)
+        stream.refuse_other_ids(input_ids, end)
+        if self.prompt.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
+            embeddings = self.prompt.embeddings[:, -new:]
+            repeats = len(kwargs["inputs_embeds"]) // len(embeddings)
+            kwargs["inputs_embeds"] = embeddings.repeat_interleave(repeats, dim=0)
+            kwargs["next_sequence_length"] = new
+        given = list(media_inputs(kwargs)) if stream.seen > 0 else []
+        inputs = self._own_inputs(input_ids, args, kwargs)
+        inputs = self._last_chunk(inputs, given, new_columns=end - self.prompt.columns)
+        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE)
+
+    def _end_of(self, input_ids: torch.Tensor) -> int:
+        """The column after `input_ids`, `[batch, length]`, which are all that the loop has."""
+        return self.prompt.columns_not_passed + input_ids.shape[1]
+
+    def _own_inputs(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the model's own method makes of its arguments, for the new columns only, with the cache."""
+        stream, start, end = self.stream, self.stream.seen, self._end_of(input_ids)
+        stream.transcript = stream.transcript.with_ids(input_ids, self.prompt.columns_not_passed)
         set_columns(kwargs, start, end, input_ids.device)
-        if is_prompt and self.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
-            new = self.embeddings[:, start - end :]
-            kwargs["inputs_embeds"] = new.repeat_interleave(len(kwargs["inputs_embeds"]) // len(new), dim=0)
-            kwargs["next_sequence_length"] = end - start
         kwargs[self.takes_cache_as] = kwargs.pop(CACHE)
-        given = list(media_inputs(kwargs)) if start > 0 else []
         inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         for name in (CACHE, OLDER_NAME):
             inputs.pop(name, None)
         # Some models start over where their frequencies change, 5.3 and later take new ids for new tokens all, and code
         # that comes with a model may leave positions of all tokens.
         inputs = slice_inputs(inputs, slice(start - end, None))
-        inputs[stream.traits.cache_name] = self.cache
-        if is_prompt:
-            inputs = self._last_chunk(inputs, given, new_columns=end - self.columns)
-        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE, compiled)
+        return inputs | {stream.traits.cache_name: self.cache}
 
     def _compile_step(self, compiled: bool) -> None:
         """Have the next forward pass compiled by the user's code, if there is some, or not."""
@@ -5031,7 +5080,7 @@ class StreamedCall:
         together = 0 if self.keeper is None else ANSWER_PREFIX
         chunks = stream.chunks(length, takes_masks(self.model), self.chunk_size, new_columns + 1, together)
         if self.keeper is not None:
-            self.kept_at = self.columns
+            self.kept_at = self.prompt.columns
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
                 self.kept_at -= ANSWER_PREFIX  # it can't be taken back, so the prompt is kept before it
                 chunks = cut_at(chunks, self.kept_at - stream.seen)
@@ -5070,8 +5119,9 @@ class StreamedCall:
             return kwargs
         self.stream.finish_update()
         self._keep_prompt()
-        if self.media is not None:
-            self.stream.media, self.media = [*self.stream.media, self.media], None
+        if self.prompt.media is not None:
+            self.stream.media = [*self.stream.media, self.prompt.media]
+            self.prompt = replace(self.prompt, media=None)
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
@@ -5086,16 +5136,16 @@ class SyncedCall(StreamedCall):
     """
 
     REPLACED = (*StreamedCall.REPLACED, "_has_unfinished_sequences", "get_compiled_call")
-    finished = False  # whether this rank only waits for others
 
     def _has_unfinished_sequences(self, this_peer_finished: Union[torch.Tensor, bool], *args, **kwargs) -> bool:
         """As ever: whether any rank has to go on. That is when this one may be finished before others."""
         unfinished = self.model._has_unfinished_sequences(this_peer_finished, *args, **kwargs)
-        self.finished = unfinished and bool(this_peer_finished)
+        if unfinished and bool(this_peer_finished):
+            self.phase = Phase.IDLE
         return unfinished
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict[str, Any]:
-        if self.finished:
+        if self.phase is Phase.IDLE:
             return self._idle_inputs(input_ids)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
@@ -5105,7 +5155,7 @@ class SyncedCall(StreamedCall):
 
         @functools.wraps(compiled_call)
         def call(**inputs) -> Any:
-            return self.stand_in(**inputs) if self.finished else compiled_call(**inputs)
+            return self.stand_in(**inputs) if self.phase is Phase.IDLE else compiled_call(**inputs)
 
         return call
 
@@ -5113,7 +5163,7 @@ class SyncedCall(StreamedCall):
         self, outputs: Any, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> dict[str, Any]:
         """After an idle pass nothing has changed."""
-        if self.finished:
+        if self.phase is Phase.IDLE:
             return model_kwargs
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
