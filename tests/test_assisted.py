@@ -288,14 +288,6 @@ def test_what_can_not_be_assisted(arguments, error, message):
     assert not cache.is_bound and set(passes.lengths) <= {1, 2, 4}  # of those that read the model
 
 
-def test_flash_attention_takes_no_drafts():
-    model = target()
-    generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=1)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match='`prompt_lookup_num_tokens` checks several tokens at once.*"sdpa"'):
-        generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=5, prompt_lookup_num_tokens=3)
-
-
 def test_an_assistant_that_can_not_be_streamed():
     assistant = target()
     del assistant.model.rotary_emb.inv_freq

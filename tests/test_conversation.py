@@ -223,23 +223,24 @@ def test_cropping_what_evicted_is_refused():
     assert cache.get_seq_length() == 10
 
 
+def compute_in_float64(layer: torch.nn.Module) -> None:
+    forward = layer.double().forward
+
+    def cast(hidden_states, *args, position_embeddings, **kwargs):
+        embeddings = tuple(each.double() for each in position_embeddings)
+        output = forward(hidden_states.double(), *args, position_embeddings=embeddings, **kwargs)
+        return (output[0].float(),) if isinstance(output, tuple) else output.float()
+
+    layer.forward = cast
+
+
 @pytest.mark.parametrize("moved", [[0], [1], [0, 2], [0, 1, 2]], ids=str)
 def test_layers_that_are_in_several_places_now(moved):
     settings = dict(max_position_embeddings=20, attn_implementation="eager")  # which takes a mask of any dtype
     model, cache, sequences, expected = a_conversation(40, rows=2, **settings)
     # As if they were on other devices: some of them compute in float64 now.
     for layer_idx in moved:
-        layer = model.model.layers[layer_idx].double()
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs: (
-                (args[0].double(), *args[1:]),
-                {**kwargs, "position_embeddings": tuple(each.double() for each in kwargs["position_embeddings"])},
-            ),
-            with_kwargs=True,
-        )
-        layer.register_forward_hook(
-            lambda module, args, output: (output[0].float(),) if isinstance(output, tuple) else output.float()
-        )
+        compute_in_float64(model.model.layers[layer_idx])
     turn = torch.cat([sequences, prompt(3, rows=2, seed=9)], dim=1)
     settings = dict(past_key_values=cache, do_sample=False)
     said = generate(model, input_ids=turn, max_new_tokens=10, **settings)

@@ -58,3 +58,8 @@ def test_several_tokens_that_evict_are_refused_in_a_loop_of_ones_own(model):
 def test_padded_rows_are_refused(model):
     with pytest.raises(ValueError, match='`attention_mask` has padding.*"sdpa"'):
         generate(model, 16, 4, **left_padded([prompt(9), prompt(3)]), max_new_tokens=3)
+
+
+def test_drafts_are_refused(model):
+    with pytest.raises(ValueError, match='`prompt_lookup_num_tokens` checks several tokens at once.*"sdpa"'):
+        generate(model, 16, 4, input_ids=prompt(5), max_new_tokens=5, prompt_lookup_num_tokens=3)
