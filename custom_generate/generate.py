@@ -1758,15 +1758,15 @@ def shared_path(model: PreTrainedModel) -> Any:
         inner = shared(holders[-1]._modules[name])
         vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
         holders.append(inner)
-    _count_tokens_alone(holders, model)
+    _count_tokens_alone(holders, input_device(model))
     return holders[0]
 
 
-def _count_tokens_alone(stand_ins: Iterable[Any], model: PreTrainedModel) -> None:
-    """Have positions on stand-ins of modules of `model` be no others than the count of tokens."""
+def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
+    """Have positions on stand-ins of modules be no others than the count of tokens."""
     for stand_in in stand_ins:
         if "rope_deltas" in vars(stand_in):
-            vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+            vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
 
 
 def has_positions_of_axes(module: torch.nn.Module) -> bool:
@@ -1818,7 +1818,7 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
     for module in modules:
         if not hasattr(module, "_orig_mod"):
             _part_from(module, stand_ins)
-    _count_tokens_alone(stand_ins.values(), model)
+    _count_tokens_alone(stand_ins.values(), input_device(model))
     try:
         yield stand_ins[id(model)]
     finally:
