@@ -25,9 +25,9 @@ Words, each with one meaning:
 
 A list or a dimension named `rows` has one entry for each row of the batch, or a single one where all rows agree.
 
-Contents: the window, one update of it, and rotations; releases of transformers; layers; reading a model; refusals;
-`Stream`, which is a cache at work; the class of transformers<4.53; files; conversations kept between calls;
-`SinkCache`; `generate`.
+Contents: the window, one update of it, and rotations; releases of transformers; layers; a model at rest; standing in
+for a model; reading a model; its layers; arguments; refusals; `Stream`, which is a cache at work; the class of
+transformers<4.53; files; conversations kept between calls; `SinkCache`; `generate`.
 """
 
 import contextlib
@@ -1251,6 +1251,474 @@ def untouched(layer: Any, rotation: Optional[Rotation], holds_text: bool, has_ki
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A model at rest: its configuration, its modules, and whether both are still what they were
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# The configuration
+
+
+def trained_length(config: Any) -> Optional[int]:
+    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings", "max_seq_len")
+    names += ("floor_scale",)  # which scales queries
+    named = [getattr(config, name, None) for name in names]
+    named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
+    return min((int(length) for length in named if length), default=None)
+
+
+def unscaled_length(config: Any) -> Optional[int]:
+    """How many tokens the model takes before it scales queries by their place; None if it does not, by its names."""
+    config = config.get_text_config(decoder=True)
+    named = [config.floor_scale - 1] if getattr(config, "attn_temperature_tuning", False) else []
+    for settings in rope_parameters(config):
+        if settings.get("llama_4_scaling_beta"):
+            named.append(settings["original_max_position_embeddings"])
+    return min(named, default=None)
+
+
+def rope_parameters(config: Any) -> list[dict]:
+    """The model's RoPE settings: one dict, or one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of each layer, as far as the configuration names it."""
+    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
+
+
+def slides_everywhere(model: PreTrainedModel) -> bool:
+    """Whether all layers attend to their own `sliding_window` latest tokens only.
+
+    A cache no longer than that determines what they see.
+    """
+    config, kinds = model.config.get_text_config(decoder=True), set(layer_kinds(model.config))
+    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return slides and kinds <= {"sliding_attention"}
+
+
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes a mask over keys. Flash attention doesn't."""
+    return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def brings_code(model: PreTrainedModel) -> bool:
+    """Whether the model's forward is no code of transformers. Such code may ask a cache what theirs does not."""
+    forward_of = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    return not forward_of.__module__.startswith("transformers.")
+
+
+# The modules
+
+
+def modules_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """`model` and all modules in it, as `model.modules()` in a fifth of the time."""
+    modules, found = [model], {model}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                modules.append(child)
+    return modules
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model gets its tokens: on the CPU if accelerate keeps its weights elsewhere until they are needed."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def has_positions_of_axes(module: torch.nn.Module) -> bool:
+    """Whether a module, or one in it, keeps how positions of several axes differ from the count of tokens."""
+    return any("rope_deltas" in vars(inner) for inner in module.modules())
+
+
+def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What may be frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
+
+    That is each vector that is no weight, and the angles of position 1 in each table of sines and cosines, `[positions,
+    2 * pairs]`.
+    """
+    for tensor in [*module._buffers.values(), *vars(module).values()]:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dim() == 1:
+            yield tensor.detach().to("cpu", torch.float64)
+        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
+            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
+            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
+                yield from (torch.atan2(first, second), torch.atan2(second, first))
+
+
+# Whether they are still what they were
+
+
+class Stamp:
+    """What the traits of a model rest on, told without running it.
+
+    That is: its modules and weights, the same ones as long as none was exchanged; versions and places of the weights;
+    the modules' code and plain settings (training and active adapters among them); the configuration; and what may be
+    frequencies. Not seen are weights changed behind torch's back (`.data`), on which no rotation depends.
+
+    Each call of `generate` compares it, so that is quick: a millisecond for 1,000 modules. It keeps nothing alive.
+
+    Args:
+        counters: for each module, the names of settings that are left out; None if there are none.
+
+    Attributes:
+        has_run: whether a call of `generate` has run the model since.
+    """
+
+    def __init__(self, model: PreTrainedModel, counters: Optional[list[set[str]]] = None):
+        modules = modules_of(model)
+        self.has_run = False
+        self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
+        self._references, self._values = _identities(model, modules)
+        self._angles = list(map(_angles, modules))
+        self._settings = list(map(_settings, modules, self.counters))
+        self._have_settings = list(map(_comparison, modules, self.counters, self._settings))
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether all that is still so."""
+        modules = modules_of(model)
+        references, values = _identities(model, modules)
+        if len(references) != len(self._references) or not all(map(operator.is_, references, self._references)):
+            return False
+        unclear = [number for number, module in enumerate(modules) if not self._have_settings[number](vars(module))]
+        return values == self._values and all(
+            _settings(modules[number], self.counters[number]) == self._settings[number]
+            and _angles(modules[number]) == self._angles[number]
+            for number in unclear
+        )
+
+    def leave_out_counters(self, model: PreTrainedModel) -> None:
+        """Leave out, from now on, numbers that changed or came while `model` ran: it is not the user who sets them."""
+        for number, (module, counters, then) in enumerate(zip(modules_of(model), self.counters, self._settings)):
+            for name, now in _settings(module, counters).items():
+                if _is_number(now) and _is_number(then.get(name, 0)) and then.get(name) != now:
+                    counters.add(name)
+            self._settings[number] = {name: value for name, value in then.items() if name not in counters}
+            self._have_settings[number] = _comparison(module, counters, self._settings[number])
+
+
+def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple[list, list]:
+    """References to what should be the same objects; and values of the weights, their code and the configuration."""
+    classes = list(map(type, modules))
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    references = list(map(weakref.ref, itertools.chain(modules, classes)))
+    # Those that accelerate keeps elsewhere until they are needed come and go.
+    references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
+    values = [weight.dtype for weight in weights]
+    values += [weight.shape for weight in weights]
+    values += [weight.device for weight in weights]
+    values += [weight._version for weight in weights if not weight.is_inference()]
+    patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
+    # 4.54 to 4.57 set a forward to give hidden states, and then to the method that it was.
+    values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
+    values += [known_by(getattr(cls, "forward", None)) for cls in dict.fromkeys(classes)]
+    config, inner = model.config, model.config.get_text_config(decoder=True)
+    values += [repr(config.to_dict()), config._attn_implementation, inner._attn_implementation]
+    return references, values
+
+
+class _Same(weakref.ref):
+    """A reference that equals another one only while both are to the same object."""
+
+    __hash__ = None
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self() is not None and self() is other()
+
+
+def known_by(value: Any) -> Any:
+    """What equals that of another `value` only if it is the same object, or was made alike of the same ones.
+
+    It keeps none of them alive. A method, or a function with some of its arguments, is known when it is made again.
+    """
+    if type(value) in (type(None), bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return tuple(map(known_by, value))
+    if type(value) is dict:
+        return tuple(map(known_by, value.items()))
+    if type(value) is functools.partial:
+        return known_by((value.func, value.args, value.keywords))
+    if inspect.ismethod(value):
+        return known_by((value.__self__, value.__func__))
+    try:
+        return _Same(value)
+    except TypeError:
+        return object()  # there are no weak references to it, so nobody can tell whether it is the same one
+
+
+def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list[tuple]:
+    """By what hooks before and after a forward are known; transformers' own are left out, which change nothing."""
+    if not before and not after:
+        return []
+    hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
+    return [(is_after, known_by(hook)) for is_after, hook in hooks if not _is_transformers(hook)]
+
+
+def _is_transformers(hook: Callable) -> bool:
+    """Whether the code of a hook comes with transformers."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+# What torch has on each module, and what transformers leaves on a model that gave its hidden states: no settings.
+NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
+
+
+def _settings(module: torch.nn.Module, left_out: set[str]) -> dict[str, Any]:
+    """Copies of the plain settings of `module`, its children left out."""
+    return {
+        name: copy.deepcopy(value)
+        for name, value in vars(module).items()
+        if name not in NO_SETTINGS and name not in left_out and _is_plain(value)
+    }
+
+
+def _angles(module: torch.nn.Module) -> list:
+    """What may be frequencies in `module`, as numbers, and the hooks that may change what it makes of them."""
+    frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
+    hooks = known_hooks(module._forward_pre_hooks, module._forward_hooks) if frequencies else []
+    return frequencies + hooks
+
+
+def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str, Any]) -> Callable[[dict], bool]:
+    """What tells quickly whether `vars(module)` still have these settings, and no tensor beside the weights.
+
+    It says no where that takes longer to tell.
+    """
+    length, no_settings = len(vars(module)), NO_SETTINGS | left_out
+    names = [name for name in vars(module) if name not in no_settings]
+    values = operator.itemgetter(*names) if names else len
+    expected = values({name: settings.get(name, _NO_SETTING) for name in names})
+
+    def has_settings(attributes: dict[str, Any]) -> bool:
+        try:
+            same = len(attributes) == length and expected == values(attributes)
+            return bool(same) and not attributes["_buffers"]
+        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or has become an array
+            return False
+
+    return has_settings
+
+
+class _NoSetting:
+    """Equal to what is neither a setting nor a tensor, which may be frequencies."""
+
+    def __eq__(self, value: Any) -> bool:
+        return not _is_plain(value) and not isinstance(value, torch.Tensor)
+
+
+_NO_SETTING = _NoSetting()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a setting that can be compared: a number, a text, or a list or dict of some."""
+    if type(value) in (dict, list, tuple):
+        return len(value) > 0 and all(map(_is_plain, value.values() if type(value) is dict else value))
+    return type(value) in (bool, int, float, str)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a plain value is a number, or a list or dict of some."""
+    if type(value) in (dict, list, tuple):
+        return all(map(_is_number, value.values() if type(value) is dict else value))
+    return type(value) in (int, float)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Standing in for a model: what runs in its place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shared_path(model: PreTrainedModel) -> Any:
+    """`shared(model)`, in which the modules that hold its decoder are shared too: what it sets on them stays there.
+
+    Models whose positions have several axes keep on themselves by how much those of their latest prompt differ from the
+    count of its tokens (`rope_deltas`). That may be another conversation's. Those of a stream, and of the runs that a
+    model is read by, don't differ.
+    """
+    embeddings = model.get_input_embeddings()
+    names = next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
+    holders = [shared(model)]
+    for name in names[:-2]:  # the last two are the decoder and its embeddings
+        inner = shared(holders[-1]._modules[name])
+        vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
+        holders.append(inner)
+    _count_tokens_alone(holders, input_device(model))
+    return holders[0]
+
+
+def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
+    """Have positions on stand-ins of modules be no others than the count of tokens."""
+    for stand_in in stand_ins:
+        if "rope_deltas" in vars(stand_in):
+            vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether the user compiled the model, or parts of it, as its layers."""
+    return any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
+
+
+def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
+    """The attributes of a model that run it uncompiled; none if the user did not compile it as a whole."""
+    uncompiled = {}
+    if vars(model).get("_compiled_call_impl") is not None:  # by `model.compile()`
+        uncompiled["_compiled_call_impl"] = None
+    forward = getattr(vars(model).get("forward"), "_torchdynamo_orig_callable", None)
+    if forward is not None:  # by `model.forward = torch.compile(model.forward)`
+        uncompiled["forward"] = forward
+    return uncompiled
+
+
+# Whose hooks a model needs to work: they gather its weights, or move them and what it computes.
+NEEDED_HOOKS = ("torch.distributed.", "torch.nn.", "transformers.", "accelerate.", "deepspeed.", "peft.")
+NEEDED_HOOKS += ("transformers_modules.",)  # code that comes with a model
+
+# So deep a forward is wrapped at most: a function that is in its own closure has no end.
+MOST_WRAPPERS = 8
+
+# Where a module has its hooks, and which of them take keyword arguments.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS_WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+
+
+@contextlib.contextmanager
+def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
+    """A stand-in that runs as `model` does, but uncompiled and without the hooks that users and their tools put on it.
+
+    Such hooks are for the user's texts: they count, keep or change what they see. The model stays as it is, as other
+    threads may run it. Instead each of its modules gets a stand-in, which calls the stand-ins of others. They share the
+    weights. What a module sets on itself as it runs, its hooks and its buffers, each stand-in has for itself.
+    """
+    modules = list(model.modules())
+    stand_ins = {id(module): shared(module) for module in modules}
+    for module in modules:  # to compile would take longer, and for a few tokens only
+        if hasattr(module, "_orig_mod"):
+            stand_ins[id(module)] = stand_ins[id(module._orig_mod)]
+    for module in modules:
+        if not hasattr(module, "_orig_mod"):
+            _part_from(module, stand_ins)
+    _count_tokens_alone(stand_ins.values(), input_device(model))
+    try:
+        yield stand_ins[id(model)]
+    finally:
+        for stand_in in stand_ins.values():
+            vars(stand_in).clear()  # they hold each other, and the weights
+
+
+def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
+    """Give the stand-in of `module` all that it has for itself; `stand_ins` has them by the ids of their modules."""
+    stand_in = stand_ins[id(module)]
+    own = vars(stand_in)
+    own.update(uncompiled_code(module))
+    if hasattr(type(own.get("forward")), "__deepcopy__"):  # as of a tool that has an object in its place
+        own["forward"] = copy.deepcopy(own["forward"], dict(stand_ins))
+    own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
+    own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
+    own.update({name: copy.copy(own[name]) for name in ("_buffers", *HOOKS_WITH_KWARGS)})
+    for name in HOOKS:
+        needed = [(key, hook) for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)]
+        own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
+    # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
+    own["_compiled_call_impl"] = functools.partial(_call_with_own_hooks, stand_in)
+
+
+def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any]) -> bool:
+    """Whether a model does not work as it should without a `hook` on its `module`."""
+    if id(getattr(hook, "__self__", None)) in stand_ins:  # a method of one of its modules
+        return True
+    code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
+    if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
+        return True
+    # Users change the rotation of keys by a hook on what makes it.
+    return any(
+        frequencies.any() and (frequencies >= 0).all() and (frequencies.diff() <= 0).all()
+        for frequencies in _frequencies(module)
+    )
+
+
+def is_of_rows(hook: Callable) -> bool:
+    """Whether a hook is one that peft puts on for a single call, about the rows of its batch (`adapter_names`)."""
+    return isinstance(hook, functools.partial) and str(getattr(hook.func, "__module__", None)).startswith("peft.")
+
+
+@contextlib.contextmanager
+def adapters_of_rows(model: Any) -> Iterator[None]:
+    """After an error in the block, take such hooks off the model: peft does so only after a call that went well."""
+    try:
+        yield
+    except BaseException:
+        for module in model.modules() if isinstance(model, torch.nn.Module) else []:
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if is_of_rows(hook):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        raise
+
+
+def _call_hook(hook: Callable, module: torch.nn.Module, stand_in: Any, *args: Any) -> Any:
+    """Call a `hook` as on its own `module`: some look up what they know of it."""
+    return hook(module, *args)
+
+
+def _call_with_own_hooks(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Module.__call__` with the forward hooks of the stand-in alone."""
+    for key, hook in stand_in._forward_pre_hooks.items():
+        if key in stand_in._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(stand_in, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(stand_in, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    output = stand_in.forward(*args, **kwargs)
+    for key, hook in stand_in._forward_hooks.items():
+        inputs = (args, kwargs) if key in stand_in._forward_hooks_with_kwargs else (args,)
+        changed = hook(stand_in, *inputs, output)
+        output = output if changed is None else changed
+    return output
+
+
+def _rebound(value: Any, stand_ins: dict[int, Any], depth: int = 0) -> Any:
+    """`value`, with each module in it exchanged for its stand-in: in methods, partial functions and closures."""
+    if isinstance(value, torch.nn.Module):
+        return stand_ins.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, stand_ins))
+    if depth == MOST_WRAPPERS:
+        return value
+    if isinstance(value, functools.partial):
+        args = [_rebound(each, stand_ins, depth + 1) for each in (value.func, *value.args)]
+        rebound = functools.partial(*args, **value.keywords)
+    elif isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(_rebound_cell(cell, stand_ins, depth + 1) for cell in value.__closure__)
+        if all(map(operator.is_, cells, value.__closure__)):
+            return value
+        rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        rebound.__kwdefaults__ = value.__kwdefaults__
+    else:
+        return value
+    return functools.update_wrapper(rebound, value)  # it has the signature
+
+
+def _rebound_cell(cell: CellType, stand_ins: dict[int, Any], depth: int) -> CellType:
+    """A cell of a closure for `_rebound`: the same one unless that changes what is in it."""
+    try:
+        value = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    rebound = _rebound(value, stand_ins, depth)
+    return cell if rebound is value else CellType(rebound)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading a model: how it rotates its keys, and what else a stream has to know
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1525,408 +1993,93 @@ def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
     return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
-# What the traits rest on
+# The rotation that fits
 
 
-class Stamp:
-    """What the traits of a model rest on, told without running it.
+def without_index(cached: list[dict[str, torch.Tensor]]) -> tuple[list[dict], list[dict]]:
+    """What each layer `cached` as its keys and values; and what its index did, as `keys`, empty without one."""
+    own = [{name: states for name, states in layer.items() if name != "indexer_keys"} for layer in cached]
+    return own, [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
 
-    That is: its modules and weights, the same ones as long as none was exchanged; versions and places of the weights;
-    the modules' code and plain settings (training and active adapters among them); the configuration; and what may be
-    frequencies. Not seen are weights changed behind torch's back (`.data`), on which no rotation depends.
 
-    Each call of `generate` compares it, so that is quick: a millisecond for 1,000 modules. It keeps nothing alive.
+def _fit_rotations(
+    model: PreTrainedModel,
+    before: list[dict[str, torch.Tensor]],
+    after: list[dict[str, torch.Tensor]],
+    distance: int,
+    rounding: float,
+) -> list[Optional[Rotation]]:
+    """Each layer's rotation, from what it caches of single tokens `before` and `after` they move by `distance`."""
+    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
+    tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
+    rotations = []
+    for layer_idx, (first, second) in enumerate(zip(before, after)):
+        fits = [
+            _fit_rotation(
+                first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor)
+            )
+            for tensor in first
+        ]
+        rotating = [rotation for _, rotation in fits if rotation is not None]
+        left = max((error for error, _ in fits), default=0.0)
+        if len(rotating) > 1 or left > tolerance:
+            raise _unreadable(
+                model,
+                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
+                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
+                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
+            )
+        rotations.append(rotating[0] if rotating else None)
+    return rotations
 
-    Args:
-        counters: for each module, the names of settings that are left out; None if there are none.
 
-    Attributes:
-        has_run: whether a call of `generate` has run the model since.
+def _fit_rotation(
+    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
+) -> tuple[float, Optional[Rotation]]:
+    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
+
+    Returns:
+        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't rotate.
     """
+    before, after = before.float(), after.float()
 
-    def __init__(self, model: PreTrainedModel, counters: Optional[list[set[str]]] = None):
-        modules = modules_of(model)
-        self.has_run = False
-        self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
-        self._references, self._values = _identities(model, modules)
-        self._angles = list(map(_angles, modules))
-        self._settings = list(map(_settings, modules, self.counters))
-        self._have_settings = list(map(_comparison, modules, self.counters, self._settings))
+    def error(rotation: Optional[Rotation]) -> float:
+        rotated = rotation.rotate_(before.clone(), [distance]) if rotation else before
+        return float((rotated - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
-    def fits(self, model: PreTrainedModel) -> bool:
-        """Whether all that is still so."""
-        modules = modules_of(model)
-        references, values = _identities(model, modules)
-        if len(references) != len(self._references) or not all(map(operator.is_, references, self._references)):
-            return False
-        unclear = [number for number, module in enumerate(modules) if not self._have_settings[number](vars(module))]
-        return values == self._values and all(
-            _settings(modules[number], self.counters[number]) == self._settings[number]
-            and _angles(modules[number]) == self._angles[number]
-            for number in unclear
+    best = min([None, *candidates], key=error)
+    return error(best), best
+
+
+def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
+    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
+    seen: list[torch.Tensor] = []
+    for frequencies in itertools.chain.from_iterable(map(_frequencies, model.modules())):
+        if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
+            continue
+        seen.append(frequencies)
+        for start in sorted({0, head_dim - 2 * frequencies.numel()}):
+            for interleaved in (False, True):
+                for direction in (1, -1):
+                    yield Rotation(direction * frequencies, start, interleaved, tensor)
+
+
+def rotate_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
+    """Whether layers rotate their keys alike, but for a cast that rounded their frequencies."""
+    return len(rotations) == len(others) and all(
+        (one is other)
+        or (
+            one is not None
+            and other is not None
+            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
+            and one.frequencies.shape == other.frequencies.shape
+            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
         )
-
-    def leave_out_counters(self, model: PreTrainedModel) -> None:
-        """Leave out, from now on, numbers that changed or came while `model` ran: it is not the user who sets them."""
-        for number, (module, counters, then) in enumerate(zip(modules_of(model), self.counters, self._settings)):
-            for name, now in _settings(module, counters).items():
-                if _is_number(now) and _is_number(then.get(name, 0)) and then.get(name) != now:
-                    counters.add(name)
-            self._settings[number] = {name: value for name, value in then.items() if name not in counters}
-            self._have_settings[number] = _comparison(module, counters, self._settings[number])
-
-
-def modules_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """`model` and all modules in it, as `model.modules()` in a fifth of the time."""
-    modules, found = [model], {model}
-    for module in modules:
-        for child in module._modules.values():
-            if child is not None and child not in found:
-                found.add(child)
-                modules.append(child)
-    return modules
-
-
-def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple[list, list]:
-    """References to what should be the same objects; and values of the weights, their code and the configuration."""
-    classes = list(map(type, modules))
-    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
-    references = list(map(weakref.ref, itertools.chain(modules, classes)))
-    # Those that accelerate keeps elsewhere until they are needed come and go.
-    references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
-    values = [weight.dtype for weight in weights]
-    values += [weight.shape for weight in weights]
-    values += [weight.device for weight in weights]
-    values += [weight._version for weight in weights if not weight.is_inference()]
-    patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
-    # 4.54 to 4.57 set a forward to give hidden states, and then to the method that it was.
-    values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
-    values += [known_by(getattr(cls, "forward", None)) for cls in dict.fromkeys(classes)]
-    config, inner = model.config, model.config.get_text_config(decoder=True)
-    values += [repr(config.to_dict()), config._attn_implementation, inner._attn_implementation]
-    return references, values
-
-
-class _Same(weakref.ref):
-    """A reference that equals another one only while both are to the same object."""
-
-    __hash__ = None
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Same) and self() is not None and self() is other()
-
-
-def known_by(value: Any) -> Any:
-    """What equals that of another `value` only if it is the same object, or was made alike of the same ones.
-
-    It keeps none of them alive. A method, or a function with some of its arguments, is known when it is made again.
-    """
-    if type(value) in (type(None), bool, int, float, str):
-        return value
-    if type(value) in (list, tuple):
-        return tuple(map(known_by, value))
-    if type(value) is dict:
-        return tuple(map(known_by, value.items()))
-    if type(value) is functools.partial:
-        return known_by((value.func, value.args, value.keywords))
-    if inspect.ismethod(value):
-        return known_by((value.__self__, value.__func__))
-    try:
-        return _Same(value)
-    except TypeError:
-        return object()  # there are no weak references to it, so nobody can tell whether it is the same one
-
-
-def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list[tuple]:
-    """By what hooks before and after a forward are known; transformers' own are left out, which change nothing."""
-    if not before and not after:
-        return []
-    hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
-    return [(is_after, known_by(hook)) for is_after, hook in hooks if not _is_transformers(hook)]
-
-
-def _is_transformers(hook: Callable) -> bool:
-    """Whether the code of a hook comes with transformers."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
-
-
-# What torch has on each module, and what transformers leaves on a model that gave its hidden states: no settings.
-NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
-
-
-def _settings(module: torch.nn.Module, left_out: set[str]) -> dict[str, Any]:
-    """Copies of the plain settings of `module`, its children left out."""
-    return {
-        name: copy.deepcopy(value)
-        for name, value in vars(module).items()
-        if name not in NO_SETTINGS and name not in left_out and _is_plain(value)
-    }
-
-
-def _angles(module: torch.nn.Module) -> list:
-    """What may be frequencies in `module`, as numbers, and the hooks that may change what it makes of them."""
-    frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
-    hooks = known_hooks(module._forward_pre_hooks, module._forward_hooks) if frequencies else []
-    return frequencies + hooks
-
-
-def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str, Any]) -> Callable[[dict], bool]:
-    """What tells quickly whether `vars(module)` still have these settings, and no tensor beside the weights.
-
-    It says no where that takes longer to tell.
-    """
-    length, no_settings = len(vars(module)), NO_SETTINGS | left_out
-    names = [name for name in vars(module) if name not in no_settings]
-    values = operator.itemgetter(*names) if names else len
-    expected = values({name: settings.get(name, _NO_SETTING) for name in names})
-
-    def has_settings(attributes: dict[str, Any]) -> bool:
-        try:
-            same = len(attributes) == length and expected == values(attributes)
-            return bool(same) and not attributes["_buffers"]
-        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or has become an array
-            return False
-
-    return has_settings
-
-
-class _NoSetting:
-    """Equal to what is neither a setting nor a tensor, which may be frequencies."""
-
-    def __eq__(self, value: Any) -> bool:
-        return not _is_plain(value) and not isinstance(value, torch.Tensor)
-
-
-_NO_SETTING = _NoSetting()
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a setting that can be compared: a number, a text, or a list or dict of some."""
-    if type(value) in (dict, list, tuple):
-        return len(value) > 0 and all(map(_is_plain, value.values() if type(value) is dict else value))
-    return type(value) in (bool, int, float, str)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a plain value is a number, or a list or dict of some."""
-    if type(value) in (dict, list, tuple):
-        return all(map(_is_number, value.values() if type(value) is dict else value))
-    return type(value) in (int, float)
-
-
-# Errors that tell of a model, or of what a file holds for it.
-MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-MODEL_ERRORS += (safetensors.SafetensorError,)
-
-# Errors among them that tell of the machine: its memory, its devices, its other processes. Not every torch has all.
-_classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
-MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
-# What stands in errors of the same kind that have no class of their own.
-MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
-
-
-@contextlib.contextmanager
-def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Raise `tell(error)` for an error of the block that tells of a model or of a file.
-
-    Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
-    """
-    try:
-        yield
-    except MODEL_ERRORS as error:
-        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
-            raise
-        raise tell(error) from error
-
-
-# The model without what others put on it
-
-
-def shared_path(model: PreTrainedModel) -> Any:
-    """`shared(model)`, in which the modules that hold its decoder are shared too: what it sets on them stays there.
-
-    Models whose positions have several axes keep on themselves by how much those of their latest prompt differ from the
-    count of its tokens (`rope_deltas`). That may be another conversation's. Those of a stream, and of the runs that a
-    model is read by, don't differ.
-    """
-    embeddings = model.get_input_embeddings()
-    names = next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
-    holders = [shared(model)]
-    for name in names[:-2]:  # the last two are the decoder and its embeddings
-        inner = shared(holders[-1]._modules[name])
-        vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
-        holders.append(inner)
-    _count_tokens_alone(holders, input_device(model))
-    return holders[0]
-
-
-def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
-    """Have positions on stand-ins of modules be no others than the count of tokens."""
-    for stand_in in stand_ins:
-        if "rope_deltas" in vars(stand_in):
-            vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-
-def has_positions_of_axes(module: torch.nn.Module) -> bool:
-    """Whether a module, or one in it, keeps how positions of several axes differ from the count of tokens."""
-    return any("rope_deltas" in vars(inner) for inner in module.modules())
-
-
-def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether the user compiled the model, or parts of it, as its layers."""
-    return any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
-
-
-def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
-    """The attributes of a model that run it uncompiled; none if the user did not compile it as a whole."""
-    uncompiled = {}
-    if vars(model).get("_compiled_call_impl") is not None:  # by `model.compile()`
-        uncompiled["_compiled_call_impl"] = None
-    forward = getattr(vars(model).get("forward"), "_torchdynamo_orig_callable", None)
-    if forward is not None:  # by `model.forward = torch.compile(model.forward)`
-        uncompiled["forward"] = forward
-    return uncompiled
-
-
-# Whose hooks a model needs to work: they gather its weights, or move them and what it computes.
-NEEDED_HOOKS = ("torch.distributed.", "torch.nn.", "transformers.", "accelerate.", "deepspeed.", "peft.")
-NEEDED_HOOKS += ("transformers_modules.",)  # code that comes with a model
-
-# So deep a forward is wrapped at most: a function that is in its own closure has no end.
-MOST_WRAPPERS = 8
-
-# Where a module has its hooks, and which of them take keyword arguments.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-HOOKS_WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-
-
-@contextlib.contextmanager
-def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
-    """A stand-in that runs as `model` does, but uncompiled and without the hooks that users and their tools put on it.
-
-    Such hooks are for the user's texts: they count, keep or change what they see. The model stays as it is, as other
-    threads may run it. Instead each of its modules gets a stand-in, which calls the stand-ins of others. They share the
-    weights. What a module sets on itself as it runs, its hooks and its buffers, each stand-in has for itself.
-    """
-    modules = list(model.modules())
-    stand_ins = {id(module): shared(module) for module in modules}
-    for module in modules:  # to compile would take longer, and for a few tokens only
-        if hasattr(module, "_orig_mod"):
-            stand_ins[id(module)] = stand_ins[id(module._orig_mod)]
-    for module in modules:
-        if not hasattr(module, "_orig_mod"):
-            _part_from(module, stand_ins)
-    _count_tokens_alone(stand_ins.values(), input_device(model))
-    try:
-        yield stand_ins[id(model)]
-    finally:
-        for stand_in in stand_ins.values():
-            vars(stand_in).clear()  # they hold each other, and the weights
-
-
-def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
-    """Give the stand-in of `module` all that it has for itself; `stand_ins` has them by the ids of their modules."""
-    stand_in = stand_ins[id(module)]
-    own = vars(stand_in)
-    own.update(uncompiled_code(module))
-    if hasattr(type(own.get("forward")), "__deepcopy__"):  # as of a tool that has an object in its place
-        own["forward"] = copy.deepcopy(own["forward"], dict(stand_ins))
-    own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
-    own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
-    own.update({name: copy.copy(own[name]) for name in ("_buffers", *HOOKS_WITH_KWARGS)})
-    for name in HOOKS:
-        needed = [(key, hook) for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)]
-        own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
-    # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
-    own["_compiled_call_impl"] = functools.partial(_call_with_own_hooks, stand_in)
-
-
-def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any]) -> bool:
-    """Whether a model does not work as it should without a `hook` on its `module`."""
-    if id(getattr(hook, "__self__", None)) in stand_ins:  # a method of one of its modules
-        return True
-    code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
-    if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
-        return True
-    # Users change the rotation of keys by a hook on what makes it.
-    return any(
-        frequencies.any() and (frequencies >= 0).all() and (frequencies.diff() <= 0).all()
-        for frequencies in _frequencies(module)
+        for one, other in zip(rotations, others)
     )
 
 
-def is_of_rows(hook: Callable) -> bool:
-    """Whether a hook is one that peft puts on for a single call, about the rows of its batch (`adapter_names`)."""
-    return isinstance(hook, functools.partial) and str(getattr(hook.func, "__module__", None)).startswith("peft.")
-
-
-@contextlib.contextmanager
-def adapters_of_rows(model: Any) -> Iterator[None]:
-    """After an error in the block, take such hooks off the model: peft does so only after a call that went well."""
-    try:
-        yield
-    except BaseException:
-        for module in model.modules() if isinstance(model, torch.nn.Module) else []:
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if is_of_rows(hook):
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-        raise
-
-
-def _call_hook(hook: Callable, module: torch.nn.Module, stand_in: Any, *args: Any) -> Any:
-    """Call a `hook` as on its own `module`: some look up what they know of it."""
-    return hook(module, *args)
-
-
-def _call_with_own_hooks(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Module.__call__` with the forward hooks of the stand-in alone."""
-    for key, hook in stand_in._forward_pre_hooks.items():
-        if key in stand_in._forward_pre_hooks_with_kwargs:
-            args, kwargs = hook(stand_in, args, kwargs) or (args, kwargs)
-        else:
-            changed = hook(stand_in, args)
-            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
-    output = stand_in.forward(*args, **kwargs)
-    for key, hook in stand_in._forward_hooks.items():
-        inputs = (args, kwargs) if key in stand_in._forward_hooks_with_kwargs else (args,)
-        changed = hook(stand_in, *inputs, output)
-        output = output if changed is None else changed
-    return output
-
-
-def _rebound(value: Any, stand_ins: dict[int, Any], depth: int = 0) -> Any:
-    """`value`, with each module in it exchanged for its stand-in: in methods, partial functions and closures."""
-    if isinstance(value, torch.nn.Module):
-        return stand_ins.get(id(value), value)
-    if isinstance(value, MethodType):
-        return MethodType(value.__func__, _rebound(value.__self__, stand_ins))
-    if depth == MOST_WRAPPERS:
-        return value
-    if isinstance(value, functools.partial):
-        args = [_rebound(each, stand_ins, depth + 1) for each in (value.func, *value.args)]
-        rebound = functools.partial(*args, **value.keywords)
-    elif isinstance(value, FunctionType) and value.__closure__:
-        cells = tuple(_rebound_cell(cell, stand_ins, depth + 1) for cell in value.__closure__)
-        if all(map(operator.is_, cells, value.__closure__)):
-            return value
-        rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-        rebound.__kwdefaults__ = value.__kwdefaults__
-    else:
-        return value
-    return functools.update_wrapper(rebound, value)  # it has the signature
-
-
-def _rebound_cell(cell: CellType, stand_ins: dict[int, Any], depth: int) -> CellType:
-    """A cell of a closure for `_rebound`: the same one unless that changes what is in it."""
-    try:
-        value = cell.cell_contents
-    except ValueError:  # it is empty
-        return cell
-    rebound = _rebound(value, stand_ins, depth)
-    return cell if rebound is value else CellType(rebound)
+# Its runs on a few tokens
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -1941,10 +2094,10 @@ def some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     return tokens % vocabulary(model)
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model gets its tokens: on the CPU if accelerate keeps its weights elsewhere until they are needed."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
+def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
+    tokens = [[vocabulary(model) * part // 8] for part in (1, 3, 5, 7)]
+    return torch.tensor(tokens, dtype=torch.long, device=input_device(model))
 
 
 def _run(
@@ -1965,15 +2118,19 @@ def _run(
     return model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
 
 
-def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
-    tokens = [[vocabulary(model) * part // 8] for part in (1, 3, 5, 7)]
-    return torch.tensor(tokens, dtype=torch.long, device=input_device(model))
-
-
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
     """What each layer caches for four single tokens at `position`: `[4, kv_heads, 1, head_dim]` each."""
     return keys_and_values(_run(model, _single_tokens(model), position)[1])
+
+
+def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
+    """The logits of four rows of four tokens from position `start` on."""
+    return _allowed_logits(_run(model, some_tokens(model, 4), start)[0])
+
+
+def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
+    """The same tokens' states before the head, for a model whose head is zero."""
+    return _run(model, some_tokens(model, 4), start, output_hidden_states=True)[0].hidden_states[-1]
 
 
 class _ColumnsAlike(DynamicCache):
@@ -2004,6 +2161,54 @@ def _run_on_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str,
     mask = torch.ones(4, number, dtype=torch.long, device=tokens.device)
     output, cache = _run(model, tokens, None, _ColumnsAlike(number), attention_mask=mask)
     return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], _allowed_logits(output)
+
+
+def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """What a model is known by, from what it `cached` for single tokens: its last keys, float32 on the CPU."""
+    return [layer for layer in cached if layer][-1]["keys"].float().cpu()
+
+
+def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> float:
+    """The relative rounding of what attention gets, by the dtypes of the model and of what it `cached`.
+
+    Sines and cosines have the embedded tokens' dtype, whatever that of the keys.
+    """
+    dtypes = {model.dtype, model.get_input_embeddings().weight.dtype}
+    dtypes |= {states.dtype for layer in cached for states in layer.values()}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
+def _allowed_logits(output: Any) -> torch.Tensor:
+    """The logits in what a model gave; 0 where a token is ruled out."""
+    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
+    expected, actual = expected.float().flatten(1), actual.float().flatten(1)
+    norms = expected.norm(dim=-1)
+    if not norms.any():
+        return float(actual.norm())
+    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
+
+
+def _difference_when_moved(
+    model: PreTrainedModel, here: torch.Tensor, distance: int, rounding: float
+) -> tuple[float, float]:
+    """How much what four tokens give up to position `distance` differs from `here`, at position 0; and how much it may.
+
+    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
+    """
+    if distance < 4:
+        return 0.0, 0.0
+    one_on, there = (_logits_at(model, start) for start in (1, distance - 3))
+    if not here.any():
+        here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
+    noise = _difference(here, one_on)  # one position on, everything is rounded anew
+    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
+
+
+# What they show
 
 
 def _refuse_places(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
@@ -2062,61 +2267,6 @@ def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: floa
             "is bidirectional. Then it would depend on how a text is cut into updates. What two tokens give differs by "
             f"{changed:.2g} of its length where more come with them (rounding: {allowed:.2g}).",
         )
-
-
-def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """What a model is known by, from what it `cached` for single tokens: its last keys, float32 on the CPU."""
-    return [layer for layer in cached if layer][-1]["keys"].float().cpu()
-
-
-def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> float:
-    """The relative rounding of what attention gets, by the dtypes of the model and of what it `cached`.
-
-    Sines and cosines have the embedded tokens' dtype, whatever that of the keys.
-    """
-    dtypes = {model.dtype, model.get_input_embeddings().weight.dtype}
-    dtypes |= {states.dtype for layer in cached for states in layer.values()}
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-
-
-def _allowed_logits(output: Any) -> torch.Tensor:
-    """The logits in what a model gave; 0 where a token is ruled out."""
-    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
-
-
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
-    expected, actual = expected.float().flatten(1), actual.float().flatten(1)
-    norms = expected.norm(dim=-1)
-    if not norms.any():
-        return float(actual.norm())
-    return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
-
-
-def _difference_when_moved(
-    model: PreTrainedModel, here: torch.Tensor, distance: int, rounding: float
-) -> tuple[float, float]:
-    """How much what four tokens give up to position `distance` differs from `here`, at position 0; and how much it may.
-
-    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
-    """
-    if distance < 4:
-        return 0.0, 0.0
-    one_on, there = (_logits_at(model, start) for start in (1, distance - 3))
-    if not here.any():
-        here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
-    noise = _difference(here, one_on)  # one position on, everything is rounded anew
-    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
-
-
-def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
-    """The logits of four rows of four tokens from position `start` on."""
-    return _allowed_logits(_run(model, some_tokens(model, 4), start)[0])
-
-
-def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
-    """The same tokens' states before the head, for a model whose head is zero."""
-    return _run(model, some_tokens(model, 4), start, output_hidden_states=True)[0].hidden_states[-1]
 
 
 def _ignores_cache_order(model: PreTrainedModel, rounding: float) -> bool:
@@ -2205,110 +2355,32 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
     return changed[1] < changed[0]
 
 
-# The rotation that fits
+# Why it can't be streamed
 
 
-def without_index(cached: list[dict[str, torch.Tensor]]) -> tuple[list[dict], list[dict]]:
-    """What each layer `cached` as its keys and values; and what its index did, as `keys`, empty without one."""
-    own = [{name: states for name, states in layer.items() if name != "indexer_keys"} for layer in cached]
-    return own, [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
+# Errors that tell of a model, or of what a file holds for it.
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS += (safetensors.SafetensorError,)
+
+# Errors among them that tell of the machine: its memory, its devices, its other processes. Not every torch has all.
+_classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
+MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
+# What stands in errors of the same kind that have no class of their own.
+MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
 
 
-def _fit_rotations(
-    model: PreTrainedModel,
-    before: list[dict[str, torch.Tensor]],
-    after: list[dict[str, torch.Tensor]],
-    distance: int,
-    rounding: float,
-) -> list[Optional[Rotation]]:
-    """Each layer's rotation, from what it caches of single tokens `before` and `after` they move by `distance`."""
-    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
-    tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
-    rotations = []
-    for layer_idx, (first, second) in enumerate(zip(before, after)):
-        fits = [
-            _fit_rotation(
-                first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor)
-            )
-            for tensor in first
-        ]
-        rotating = [rotation for _, rotation in fits if rotation is not None]
-        left = max((error for error, _ in fits), default=0.0)
-        if len(rotating) > 1 or left > tolerance:
-            raise _unreadable(
-                model,
-                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
-                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
-                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
-            )
-        rotations.append(rotating[0] if rotating else None)
-    return rotations
+@contextlib.contextmanager
+def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raise `tell(error)` for an error of the block that tells of a model or of a file.
 
-
-def _fit_rotation(
-    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
-) -> tuple[float, Optional[Rotation]]:
-    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
-
-    Returns:
-        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't rotate.
+    Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
     """
-    before, after = before.float(), after.float()
-
-    def error(rotation: Optional[Rotation]) -> float:
-        rotated = rotation.rotate_(before.clone(), [distance]) if rotation else before
-        return float((rotated - after).norm() / after.norm().clamp(min=torch.finfo(torch.float32).tiny))
-
-    best = min([None, *candidates], key=error)
-    return error(best), best
-
-
-def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
-    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
-    seen: list[torch.Tensor] = []
-    for frequencies in itertools.chain.from_iterable(map(_frequencies, model.modules())):
-        if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
-            continue
-        seen.append(frequencies)
-        for start in sorted({0, head_dim - 2 * frequencies.numel()}):
-            for interleaved in (False, True):
-                for direction in (1, -1):
-                    yield Rotation(direction * frequencies, start, interleaved, tensor)
-
-
-def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """What may be frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
-
-    That is each vector that is no weight, and the angles of position 1 in each table of sines and cosines, `[positions,
-    2 * pairs]`.
-    """
-    for tensor in [*module._buffers.values(), *vars(module).values()]:
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        if tensor.dim() == 1:
-            yield tensor.detach().to("cpu", torch.float64)
-        elif tensor.dim() == 2 and min(tensor.shape) > 1 and tensor.shape[1] % 2 == 0:
-            first, second = tensor[1].detach().to("cpu", torch.float64).chunk(2)
-            if torch.allclose(first**2 + second**2, torch.ones_like(first), atol=1e-2):
-                yield from (torch.atan2(first, second), torch.atan2(second, first))
-
-
-def rotate_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
-    """Whether layers rotate their keys alike, but for a cast that rounded their frequencies."""
-    return len(rotations) == len(others) and all(
-        (one is other)
-        or (
-            one is not None
-            and other is not None
-            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
-            and one.frequencies.shape == other.frequencies.shape
-            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
-        )
-        for one, other in zip(rotations, others)
-    )
-
-
-# Its refusals
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
+            raise
+        raise tell(error) from error
 
 
 def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -2352,60 +2424,9 @@ def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: 
     return _unreadable(model, reason, limit)
 
 
-# Its configuration
-
-
-def trained_length(config: Any) -> Optional[int]:
-    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
-    config = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings", "max_seq_len")
-    names += ("floor_scale",)  # which scales queries
-    named = [getattr(config, name, None) for name in names]
-    named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
-    return min((int(length) for length in named if length), default=None)
-
-
-def unscaled_length(config: Any) -> Optional[int]:
-    """How many tokens the model takes before it scales queries by their place; None if it does not, by its names."""
-    config = config.get_text_config(decoder=True)
-    named = [config.floor_scale - 1] if getattr(config, "attn_temperature_tuning", False) else []
-    for settings in rope_parameters(config):
-        if settings.get("llama_4_scaling_beta"):
-            named.append(settings["original_max_position_embeddings"])
-    return min(named, default=None)
-
-
-def rope_parameters(config: Any) -> list[dict]:
-    """The model's RoPE settings: one dict, or one for each kind of layer."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in settings.values() if isinstance(value, dict)]
-    return nested or [settings]
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """The kind of each layer, as far as the configuration names it."""
-    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
-
-
-def slides_everywhere(model: PreTrainedModel) -> bool:
-    """Whether all layers attend to their own `sliding_window` latest tokens only.
-
-    A cache no longer than that determines what they see.
-    """
-    config, kinds = model.config.get_text_config(decoder=True), set(layer_kinds(model.config))
-    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return slides and kinds <= {"sliding_attention"}
-
-
-def takes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model's attention takes a mask over keys. Flash attention doesn't."""
-    return "flash" not in str(model.config.get_text_config(decoder=True)._attn_implementation)
-
-
-def brings_code(model: PreTrainedModel) -> bool:
-    """Whether the model's forward is no code of transformers. Such code may ask a cache what theirs does not."""
-    forward_of = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
-    return not forward_of.__module__.startswith("transformers.")
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers of a model: one for each of its own
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> list:
@@ -2432,8 +2453,11 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refusals: models and arguments that can't be served correctly
+# Arguments of `generate`: what a call is told, and the columns of its prompt
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# Numbers and settings
 
 
 def integer(name: str, value: Any, of: str = "tokens") -> int:
@@ -2468,6 +2492,168 @@ def checked_number_kept(kept_conversations: Any) -> int:
     if number < 0:
         raise ValueError(f"`kept_conversations` must be at least 0, got {number}.")
     return number
+
+
+def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
+    values = (
+        kwargs.get(name),
+        getattr(kwargs.get("generation_config"), name, None),
+        getattr(model.generation_config, name, None),
+    )
+    return next((value for value in values if value is not None), None)
+
+
+def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
+
+    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
+    """
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    asked = getattr(kwargs.get("generation_config"), name, None)
+    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
+    return None if asked in [getattr(config, name, None) for config in files] else asked
+
+
+def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]:
+    """The argument of `generate` that asks for assisted decoding (arXiv:2211.17192), None if there is none."""
+    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    return next((name for name in names if resolve_setting(model, kwargs, name)), None)
+
+
+# The prompt
+
+
+def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
+    """`[rows]`, the columns of left padding in `attention_mask` (`[batch, columns]`).
+
+    Not `given`, it is what transformers made of the pad tokens in the prompt.
+    """
+    if attention_mask is None:
+        return [0]
+    attended = attention_mask.bool()
+    if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
+        if not given:
+            raise ValueError(
+                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
+                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
+                "text, and pad on the left if not."
+            )
+        raise ValueError(
+            "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
+            'each row. Set `padding_side="left"` on the tokenizer.'
+        )
+    pads = (~attended).sum(dim=-1).tolist()
+    return pads[:1] if len(set(pads)) == 1 else pads
+
+
+def prompt_ids(kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+    """The ids among the arguments of `generate`: int64 `[batch, length]`."""
+    return kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+
+
+def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """The columns of the conversation that a call of `generate` goes on from, and how many of them are not passed.
+
+    Returns:
+        The columns; how many of them `input_ids` leave out; and how many both `input_ids` and `inputs_embeds` do.
+
+    Raises:
+        ValueError: there is a prompt without a token.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
+    if given and not any(tensor.numel() for tensor in given.values()):
+        name, tensor = next(iter(given.items()))
+        raise ValueError(
+            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
+            "tokenizer's `bos_token_id` where there is no text yet."
+        )
+    ids, embedded, masked = (
+        0 if tensor is None else tensor.shape[1]
+        for tensor in (prompt_ids(kwargs), kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
+    )
+    columns = max(ids, embedded, masked)
+    return columns, columns - ids, columns - max(ids, embedded)
+
+
+# The inputs of the model
+
+
+# The model's inputs with an entry for each column, and the dimension in which they have it.
+PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, **dict.fromkeys(TOKEN_TYPES, 1)}
+PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
+KNOWN_BY_IDS = {"input_ids", "attention_mask", CACHE, OLDER_NAME, "use_cache", "cache_position"}
+KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
+
+
+def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """The ids, or embeddings, among the model's inputs: `[batch, length, ...]`."""
+    return inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+
+
+def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
+    """The model's inputs for some of their columns only."""
+    sliced = dict(inputs)
+    for name, dim in PER_COLUMN_INPUTS.items():
+        if isinstance(sliced.get(name), torch.Tensor):
+            sliced[name] = sliced[name][..., columns] if dim == -1 else sliced[name][:, columns]
+    return sliced
+
+
+def cut_at(chunks: list[slice], column: int) -> list[slice]:
+    """The columns of these chunks in chunks of which one ends before `column`, if it is among them."""
+    ends = sorted({chunk.stop for chunk in chunks} | {min(max(column, 0), chunks[-1].stop)} - {0})
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def is_text(inputs: dict[str, Any]) -> bool:
+    """Whether the model's inputs are known by their ids and the mask: no images, and no tokens of another type."""
+    for name, value in inputs.items():
+        if value is None or name in KNOWN_BY_IDS:
+            continue
+        if name not in TOKEN_TYPES or value.any():
+            return False
+    return True
+
+
+def media_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The images or the like among the model's inputs, or the arguments of `generate`."""
+    text = {*PER_COLUMN_INPUTS, "inputs", "attention_mask"}
+    return {name: value for name, value in inputs.items() if name not in text and _holds_numbers(value)}
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a value is a tensor with numbers in it, a list of some, or a dict with whatever in it."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    return len(value) > 0 if isinstance(value, dict) else isinstance(value, list) and any(map(_holds_numbers, value))
+
+
+# What a configuration calls the tokens that stand for an image or the like.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+PLACEHOLDERS += ("audio_token_id", "audio_token_index")
+
+
+def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
+    """The column after the last of `input_ids` (`[batch, length]`) that stands for an image or the like.
+
+    0 if none does; None if the configuration does not name such tokens.
+    """
+    named = {getattr(config, name, None) for name in PLACEHOLDERS} - {None}
+    if not named:
+        return None
+    stand_in = torch.isin(input_ids, torch.tensor(sorted(named), dtype=torch.long, device=input_ids.device))
+    return max(stand_in.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: models and arguments that can't be served correctly
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Models
 
 
 def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
@@ -2528,9 +2714,6 @@ def _looks_further(config: Any) -> Optional[str]:
     if getattr(config, "peft_type", None) == "XLORA":
         return "peft runs the model twice in each forward pass, with one cache"
     return None
-
-
-# Models
 
 
 def refuse_model(model: PreTrainedModel, window: Window) -> None:
@@ -2617,16 +2800,6 @@ def refuse_size(window: Window, traits: ModelTraits) -> None:
 # Arguments of `generate`
 
 
-def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
-    values = (
-        kwargs.get(name),
-        getattr(kwargs.get("generation_config"), name, None),
-        getattr(model.generation_config, name, None),
-    )
-    return next((value for value in values if value is not None), None)
-
-
 def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
     """Raise if the model's `generation_config.json` names what is `missing` of our arguments, and transformers lost it.
 
@@ -2660,18 +2833,6 @@ def _file_of(model: PreTrainedModel, name: str) -> Optional[str]:
         return transformers.utils.cached_file(model.name_or_path, name, revision=commit, local_files_only=True)
     except (OSError, ValueError):  # until 4.57 a folder that is gone is no valid name
         return None
-
-
-def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
-
-    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
-    """
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    asked = getattr(kwargs.get("generation_config"), name, None)
-    files = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
-    return None if asked in [getattr(config, name, None) for config in files] else asked
 
 
 def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -2710,12 +2871,6 @@ def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         valid = False
     if not valid:
         raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
-
-
-def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]:
-    """The argument of `generate` that asks for assisted decoding (arXiv:2211.17192), None if there is none."""
-    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    return next((name for name in names if resolve_setting(model, kwargs, name)), None)
 
 
 def refuse_assistance(
@@ -2790,59 +2945,6 @@ def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
 # Prompts
 
 
-def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
-    """`[rows]`, the columns of left padding in `attention_mask` (`[batch, columns]`).
-
-    Not `given`, it is what transformers made of the pad tokens in the prompt.
-    """
-    if attention_mask is None:
-        return [0]
-    attended = attention_mask.bool()
-    if attended.dim() != 2 or not attended[:, -1].all() or (attended[:, :-1] & ~attended[:, 1:]).any():
-        if not given:
-            raise ValueError(
-                "`attention_mask` was not given, and `input_ids` have the pad token elsewhere than at the left, which "
-                "transformers takes for padding. Pass `attention_mask=torch.ones_like(input_ids)` if it belongs to the "
-                "text, and pad on the left if not."
-            )
-        raise ValueError(
-            "`attention_mask` must be left padding only, `[batch, tokens]`: zeros, then ones up to the last token of "
-            'each row. Set `padding_side="left"` on the tokenizer.'
-        )
-    pads = (~attended).sum(dim=-1).tolist()
-    return pads[:1] if len(set(pads)) == 1 else pads
-
-
-def prompt_ids(kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
-    """The ids among the arguments of `generate`: int64 `[batch, length]`."""
-    return kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-
-
-def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """The columns of the conversation that a call of `generate` goes on from, and how many of them are not passed.
-
-    Returns:
-        The columns; how many of them `input_ids` leave out; and how many both `input_ids` and `inputs_embeds` do.
-
-    Raises:
-        ValueError: there is a prompt without a token.
-    """
-    names = ("inputs", "input_ids", "inputs_embeds")
-    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
-    if given and not any(tensor.numel() for tensor in given.values()):
-        name, tensor = next(iter(given.items()))
-        raise ValueError(
-            f"`{name}` must have a token of each row to go on from, got {list(tensor.shape)}. Begin with the "
-            "tokenizer's `bos_token_id` where there is no text yet."
-        )
-    ids, embedded, masked = (
-        0 if tensor is None else tensor.shape[1]
-        for tensor in (prompt_ids(kwargs), kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
-    )
-    columns = max(ids, embedded, masked)
-    return columns, columns - ids, columns - max(ids, embedded)
-
-
 def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
     """Raise unless the arguments of `generate` go on from column `end` of the `seen` ones, with one that is new."""
     columns, _, start = prompt_columns(kwargs)
@@ -2858,73 +2960,6 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
             f"{columns - start} of the {columns} in `attention_mask`: {start - end} are missing. The last token that "
             "was generated has not been seen, so pass it too."
         )
-
-
-# The model's inputs with an entry for each column, and the dimension in which they have it.
-PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, **dict.fromkeys(TOKEN_TYPES, 1)}
-PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
-KNOWN_BY_IDS = {"input_ids", "attention_mask", CACHE, OLDER_NAME, "use_cache", "cache_position"}
-KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
-
-
-def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """The ids, or embeddings, among the model's inputs: `[batch, length, ...]`."""
-    return inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-
-
-def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
-    """The model's inputs for some of their columns only."""
-    sliced = dict(inputs)
-    for name, dim in PER_COLUMN_INPUTS.items():
-        if isinstance(sliced.get(name), torch.Tensor):
-            sliced[name] = sliced[name][..., columns] if dim == -1 else sliced[name][:, columns]
-    return sliced
-
-
-def cut_at(chunks: list[slice], column: int) -> list[slice]:
-    """The columns of these chunks in chunks of which one ends before `column`, if it is among them."""
-    ends = sorted({chunk.stop for chunk in chunks} | {min(max(column, 0), chunks[-1].stop)} - {0})
-    return [slice(start, end) for start, end in zip([0, *ends], ends)]
-
-
-def is_text(inputs: dict[str, Any]) -> bool:
-    """Whether the model's inputs are known by their ids and the mask: no images, and no tokens of another type."""
-    for name, value in inputs.items():
-        if value is None or name in KNOWN_BY_IDS:
-            continue
-        if name not in TOKEN_TYPES or value.any():
-            return False
-    return True
-
-
-def media_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The images or the like among the model's inputs, or the arguments of `generate`."""
-    text = {*PER_COLUMN_INPUTS, "inputs", "attention_mask"}
-    return {name: value for name, value in inputs.items() if name not in text and _holds_numbers(value)}
-
-
-def _holds_numbers(value: Any) -> bool:
-    """Whether a value is a tensor with numbers in it, a list of some, or a dict with whatever in it."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() > 0
-    return len(value) > 0 if isinstance(value, dict) else isinstance(value, list) and any(map(_holds_numbers, value))
-
-
-# What a configuration calls the tokens that stand for an image or the like.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-PLACEHOLDERS += ("audio_token_id", "audio_token_index")
-
-
-def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
-    """The column after the last of `input_ids` (`[batch, length]`) that stands for an image or the like.
-
-    0 if none does; None if the configuration does not name such tokens.
-    """
-    named = {getattr(config, name, None) for name in PLACEHOLDERS} - {None}
-    if not named:
-        return None
-    stand_in = torch.isin(input_ids, torch.tensor(sorted(named), dtype=torch.long, device=input_ids.device))
-    return max(stand_in.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
 
 
 def refuse_media(model: PreTrainedModel, inputs: dict[str, Any], given: list[str], chunks: list[slice]) -> None:
