@@ -1790,6 +1790,10 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
     """
     stamp, traits = _readings.get(model, (None, None))
     if traits is None or not stamp.fits(model):
+        if not hasattr(model.get_input_embeddings(), "weight"):
+            raise cant_stream(
+                model, "it has more than one table of embeddings, as where a token is several codes of a sound."
+            )
         before = Stamp(model)
         with without_hooks(model) as stand_in:
             traits = _read_anew(stand_in)
@@ -1814,10 +1818,6 @@ def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
     """`read_model` of a model `without_hooks`, whatever was read of it before."""
-    if not hasattr(model.get_input_embeddings(), "weight"):
-        raise cant_stream(
-            model, "it has more than one table of embeddings, as where a token is several codes of a sound."
-        )
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" in parameters:
         return _read_rotations(model) or _read_order(model, "no layer rotates its keys with their position")
