@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import CACHE, EARLY_EXITS_FAIL, SinkCache, generate
-from tests.support.helpers import RELEASE, SMALL, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, SMALL, at_the_ends, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
 EOS = 210  # until 4.52 prompt lookup asks for one
@@ -62,13 +62,14 @@ if not EARLY_EXITS_FAIL:
     ASSISTANCE["an early exit"] = lambda model: dict(assistant_early_exit=2)
 
 
-@pytest.mark.parametrize("assistance", ASSISTANCE)
+# Each kind of assistance past a full window, and each window and length once more.
+ASSISTED = [("the model itself", 5, (16, 4)), ("a stranger", 60, (16, 0)), ("prompt lookup", 60, (12, 1))]
+ASSISTED += [("the model itself", 60, (16, 0)), ("a stranger", 60, (16, 4))]
+
+
 @pytest.mark.parametrize(
-    "length, window",
-    [
-        (60, (16, 4)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(5, (16, 4)), (60, (16, 0)), (60, (12, 1))]),
-    ],
+    "assistance, length, window",
+    [(name, 60, (16, 4)) for name in ASSISTANCE if name != "a stranger"] + [at_the_ends(*case) for case in ASSISTED],
     ids=str,
 )
 def test_the_tokens_of_greedy_decoding(length, window, assistance):
@@ -114,7 +115,10 @@ def test_a_text_that_repeats_itself_is_looked_up():
     assert sum(length == 6 for length in passes.lengths) >= NEW_TOKENS / 6 - 2
 
 
-@pytest.mark.parametrize("assistance", [name for name in ASSISTANCE if name != "a stranger"])
+@pytest.mark.parametrize(
+    "assistance",
+    [name if name == "prompt lookup" else at_the_ends(name) for name in ASSISTANCE if name != "a stranger"],
+)
 def test_sampled_logits_are_those_of_the_oracle(assistance):
     model, ids = target(max_position_embeddings=64), prompt(40)
     settings = dict(return_dict_in_generate=True, output_logits=True, output_scores=True)

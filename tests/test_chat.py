@@ -46,7 +46,7 @@ def seen(chat: pexpect.spawn) -> int:
     return int(re.match(r"([\d,]+) tokens seen", say(chat, "/stats")).group(1).replace(",", ""))
 
 
-def test_a_conversation_past_the_window(terminal):
+def test_a_conversation_past_the_window_saved_and_loaded(terminal):
     chat = terminal("--system", "You keep a lighthouse.", "--max-new-tokens", "50")
     for _ in range(3):
         assert re.fullmatch("[a-z]+", say(chat, "And then?"))
@@ -56,25 +56,22 @@ def test_a_conversation_past_the_window(terminal):
     say(chat, "/reset")
     assert seen(chat) == 0
     assert "/quit" in say(chat, "/what")
+
+    say(chat, "It was a dark night.")
+    say(chat, "/save conversation.safetensors")
+    expected, before = say(chat, "And then?"), seen(chat)
+    say(chat, "/reset")
+    assert "No such file" in say(chat, "/load nothing.safetensors")
+    say(chat, "/load conversation.safetensors")
+    assert say(chat, "And then?") == expected and seen(chat) == before
     chat.sendline("/quit")
     chat.expect(pexpect.EOF)
-
-
-def test_saved_and_loaded_in_another_process(terminal):
-    first = terminal("--max-new-tokens", "30")
-    say(first, "It was a dark night.")
-    say(first, "/save conversation.safetensors")
-    expected, before = say(first, "And then?"), seen(first)
-    second = terminal("--max-new-tokens", "30")
-    assert "No such file" in say(second, "/load nothing.safetensors")
-    say(second, "/load conversation.safetensors")
-    assert say(second, "And then?") == expected and seen(second) == before
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
     chat = terminal("--max-new-tokens", "1000000")
     chat.sendline("Go on for ever.")
-    time.sleep(3)
+    time.sleep(1)
     chat.sendintr()
     chat.expect("\n?> ")
     stopped = seen(chat)

@@ -10,20 +10,24 @@ import torch
 
 from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
-from tests.support.helpers import answer, left_padded, prompt, seeded, small_model
+from tests.support.helpers import answer, at_the_ends, left_padded, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
 # --- turns
 
 
-@pytest.mark.parametrize("convention", ["the whole conversation", "the new tokens, with the mask of all"])
-@pytest.mark.parametrize("prompt_length", [3, 40])
+WHOLE, NEW = "the whole conversation", "the new tokens, with the mask of all"
+
+
+@pytest.mark.parametrize(
+    "prompt_length, convention", [(40, WHOLE), (3, NEW), at_the_ends(3, WHOLE), at_the_ends(40, NEW)]
+)
 def test_turns_are_one_stream(prompt_length, convention):
     model, cache = small_model(), SinkCache(16, 4)
     conversation = prompt(prompt_length)
     for turn in range(3):
         start, seen = conversation.shape[1], cache.get_seq_length()
-        given = conversation if convention == "the whole conversation" else conversation[:, seen:]
+        given = conversation if convention == WHOLE else conversation[:, seen:]
         # With a mask: a random model may well say the pad token, which transformers would take for padding.
         output = answer(model, cache, given, seed=turn, attention_mask=torch.ones_like(conversation))
         assert torch.equal(output.sequences[:, : given.shape[1]], given)
@@ -75,8 +79,9 @@ def a_conversation(seen=40, rows=1, **settings):
     return model, cache, sequences, next_tokens(model, copy.deepcopy(cache), sequences)
 
 
-@pytest.mark.parametrize("seen", [10, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "seen, dtype", [(40, torch.float32), at_the_ends(10, torch.float32), at_the_ends(40, torch.bfloat16)]
+)
 def test_copied_pickled_and_saved(seen, dtype, tmp_path):
     model, cache, sequences, expected = a_conversation(seen, rows=2, max_position_embeddings=20)
     model = model.to(dtype)
@@ -100,6 +105,7 @@ def test_a_copy_is_bound_and_a_pickled_cache_must_be_again():
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_a_conversation_goes_on_in_another_process(tmp_path):
     model, cache, sequences, expected = a_conversation()
     model.save_pretrained(tmp_path)
@@ -160,7 +166,7 @@ def test_reset_starts_another_conversation():
     assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize("max_length", [9, -3, 1, 12, 40])
+@pytest.mark.parametrize("max_length", [9, *map(at_the_ends, (-3, 1, 12, 40))])
 def test_cropped_as_if_it_had_not_been_said(max_length):
     model, cache, sequences, _ = a_conversation(seen=12)
     cache.crop(max_length)

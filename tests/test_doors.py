@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
-from tests.support.helpers import RELEASE, loadable, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, at_the_ends, loadable, prompt, seeded, small_model
 
-CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=60, do_sample=False)
+CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=40, do_sample=False)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_hub_id_with_a_revision(hub, model):
             custom_generate="org/pinned",
             trust_remote_code=True,
             revision=revision,
-            max_new_tokens=60,
+            max_new_tokens=40,
             do_sample=False,
             return_dict_in_generate=True,
         )
@@ -104,9 +104,9 @@ def test_classes_of_two_doors_know_each_other(model, expected):
     # A cache made by this module's class goes on in the class that transformers loaded, and the other way round.
     cache = SinkCache(16, 4)
     settings = dict(return_dict_in_generate=True, past_key_values=cache, window_length=None, num_sink_tokens=None)
-    output = through_the_folder(model, prompt(5), max_new_tokens=30, **settings)
+    output = through_the_folder(model, prompt(5), max_new_tokens=20, **settings)
     assert output.past_key_values is cache
-    loaded = through_the_folder(model, prompt(5), max_new_tokens=30, return_dict_in_generate=True).past_key_values
+    loaded = through_the_folder(model, prompt(5), max_new_tokens=20, return_dict_in_generate=True).past_key_values
     assert type(loaded).__name__ == "SinkCache" and not isinstance(loaded, SinkCache)
     for past_key_values in (cache, loaded):
         rest = generate(
@@ -114,7 +114,7 @@ def test_classes_of_two_doors_know_each_other(model, expected):
             input_ids=output.sequences,
             attention_mask=torch.ones_like(output.sequences),  # a random model may well say the pad token
             past_key_values=past_key_values,
-            max_new_tokens=30,
+            max_new_tokens=20,
             do_sample=False,
         )
         assert torch.equal(rest, expected)
@@ -139,12 +139,12 @@ def test_conversations_kept_by_one_door_are_counted_and_freed_by_another(model, 
 # --- a model repository of one's own, which carries the folder
 
 
-@pytest.mark.parametrize("door", ["folder", "hub"])
+@pytest.mark.parametrize("door", [at_the_ends("folder"), "hub"])
 def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
     name = loadable(carrier) if door == "folder" else "you/my_model"
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     expected = through_the_folder(AutoModelForCausalLM.from_pretrained(carrier), prompt(5))
-    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    call = dict(input_ids=prompt(5), max_new_tokens=40, do_sample=False)
     assert torch.equal(model.generate(**call), expected)
     assert torch.equal(copy.deepcopy(model).generate(**call), expected)
     assert not torch.equal(model.generate(**call, window_length=64), expected)
@@ -155,11 +155,11 @@ def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
     assert torch.equal(again.generate(**call), expected)
 
 
-@pytest.mark.parametrize("door", ["folder", "hub"])
+@pytest.mark.parametrize("door", ["folder", at_the_ends("hub")])
 def test_a_prompt_by_position_on_a_model_that_carries_it(door, carrier):
     name = loadable(carrier) if door == "folder" else "you/my_model"
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-    settings = dict(max_new_tokens=60, do_sample=False)
+    settings = dict(max_new_tokens=40, do_sample=False)
     config = GenerationConfig(**settings, pad_token_id=0)
     expected = model.generate(input_ids=prompt(5), **settings)
     assert torch.equal(model.generate(prompt(5), **settings), expected)
@@ -207,8 +207,15 @@ def test_the_function_itself_is_no_name_of_a_repository(model, arguments):
 # --- pipeline
 
 
-@pytest.mark.parametrize("door", ["custom_generate", "carrier"])
-@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+@pytest.mark.parametrize(
+    "chat, door",
+    [
+        (False, "custom_generate"),
+        (True, "carrier"),
+        at_the_ends(True, "custom_generate"),
+        at_the_ends(False, "carrier"),
+    ],
+)
 def test_a_pipeline(chat, door, carrier, hub):
     if door == "carrier":
         generator = pipeline("text-generation", loadable(carrier), trust_remote_code=True)
@@ -224,7 +231,7 @@ def test_a_pipeline(chat, door, carrier, hub):
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids
-    text = generator(messages if chat else prompt, max_new_tokens=60, do_sample=False, return_full_text=False, **call)
+    text = generator(messages if chat else prompt, max_new_tokens=40, do_sample=False, return_full_text=False, **call)
     plain = AutoModelForCausalLM.from_pretrained(carrier)
     expected = through_the_folder(plain, inputs)[0, inputs.shape[1] :]
     assert text[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
@@ -234,7 +241,7 @@ def test_a_pipeline(chat, door, carrier, hub):
 
 
 def test_a_window_from_a_generation_config(model, expected):
-    settings = dict(max_new_tokens=60, do_sample=False, pad_token_id=0)
+    settings = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
     config = GenerationConfig(window_length=16, num_sink_tokens=4, **settings)
     assert torch.equal(generate(model, input_ids=prompt(5), generation_config=config), expected)
     # An argument wins over a configuration that is handed over, and that over the model's own.
@@ -299,7 +306,7 @@ def test_a_model_without_a_generation_config_and_one_that_is_not_found_again(tmp
 
 
 def test_plain_generate_with_a_bound_cache(model, expected):
-    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    call = dict(input_ids=prompt(5), max_new_tokens=40, do_sample=False)
     assert torch.equal(model.generate(past_key_values=SinkCache(16, 4).bind(model), **call), expected)
     call |= dict(do_sample=True)
     with seeded():
@@ -310,7 +317,7 @@ def test_plain_generate_with_a_bound_cache(model, expected):
 
 def test_plain_generate_goes_on_in_a_bound_cache(model, expected):
     cache = SinkCache(16, 4).bind(model)
-    call = dict(past_key_values=cache, max_new_tokens=30, do_sample=False)
+    call = dict(past_key_values=cache, max_new_tokens=20, do_sample=False)
     first = model.generate(prompt(5), **call)
     # With a mask: a random model may well say the pad token, which transformers would take for padding.
     assert torch.equal(model.generate(first, attention_mask=torch.ones_like(first), **call), expected)

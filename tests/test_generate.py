@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import RELEASE, left_padded, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, at_the_ends, left_padded, prompt, seeded, small_model
 
 
 def tokens(model, *args, seed: int = 0, **kwargs) -> torch.Tensor:
@@ -52,14 +52,14 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", at_the_ends("eager")])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_the_same_tokens_while_nothing_is_evicted(settings, attn_implementation):
     model = small_model(attn_implementation=attn_implementation)
-    arguments = dict(input_ids=prompt(10, rows=2), max_new_tokens=50, **settings)
+    arguments = dict(input_ids=prompt(10, rows=2), max_new_tokens=20, **settings)
     with seeded():
         plain = model.generate(**arguments)
-    assert torch.equal(tokens(model, 60, 4, **arguments), plain)
+    assert torch.equal(tokens(model, 30, 4, **arguments), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,14 +70,10 @@ def test_the_same_tokens_in_half_precision(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [dict(do_sample=False), dict(do_sample=True, top_p=0.9)], ids=["greedy", "sampled"]
-)
-def test_the_same_tokens_on_the_real_model(real_model, settings):
+def test_the_same_tokens_on_the_real_model(real_model):
     model, tokenizer = real_model
-    arguments = dict(
-        **tokenizer("It was a bright cold day in April,", return_tensors="pt"), max_new_tokens=20, **settings
-    )
+    inputs = tokenizer("It was a bright cold day in April,", return_tensors="pt")
+    arguments = dict(**inputs, max_new_tokens=20, do_sample=True, top_p=0.9)
     with seeded():
         plain = model.generate(**arguments)
     assert torch.equal(tokens(model, 64, 4, **arguments), plain)
@@ -93,10 +89,10 @@ def test_token_healing_generates_within_the_generation(real_model):
 
 def test_the_window_decides_past_it():
     model = small_model()
-    arguments = dict(input_ids=prompt(10), max_new_tokens=100, do_sample=False)
-    streamed = {window: tokens(model, window, 4, **arguments) for window in (16, 17, 110)}
-    assert torch.equal(streamed[110], model.generate(**arguments))
-    assert not torch.equal(streamed[16], streamed[110])
+    arguments = dict(input_ids=prompt(10), max_new_tokens=40, do_sample=False)
+    streamed = {window: tokens(model, window, 4, **arguments) for window in (16, 17, 50)}
+    assert torch.equal(streamed[50], model.generate(**arguments))
+    assert not torch.equal(streamed[16], streamed[50])
     assert not torch.equal(streamed[16], streamed[17])
 
 
@@ -130,7 +126,7 @@ def test_memory_is_the_same_from_the_first_token_to_the_last():
             pass
 
     cache = SinkCache(16, 4)
-    generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=300, streamer=Sizes())
+    generate(small_model(), input_ids=prompt(5), past_key_values=cache, max_new_tokens=100, streamer=Sizes())
     assert len(set(sizes[1:])) == 1 and sizes[-1] > 0
 
 
@@ -288,13 +284,13 @@ def test_attentions_and_hidden_states_are_those_of_what_is_kept(rows):
     "settings",
     [
         dict(do_sample=False, repetition_penalty=1.3, no_repeat_ngram_size=3),
-        dict(do_sample=True, num_return_sequences=3, top_p=0.9),
+        at_the_ends(dict(do_sample=True, num_return_sequences=3, top_p=0.9)),
         dict(do_sample=True, num_beams=2, num_return_sequences=2),
         dict(do_sample=False, num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
         if RELEASE < Version("4.56")
         else dict(do_sample=False, num_beams=4, length_penalty=2.0),
         dict(do_sample=False, guidance_scale=1.5),
-        dict(do_sample=False, bad_words_ids=[[7], [8, 9]], suppress_tokens=[10, 11]),
+        at_the_ends(dict(do_sample=False, bad_words_ids=[[7], [8, 9]], suppress_tokens=[10, 11])),
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -365,12 +361,13 @@ def test_a_seed_gives_the_same_tokens_the_first_time_and_later():
     assert torch.equal(tokens(small_model(), 64, 4, **arguments), plain)
 
 
+@pytest.mark.ends_only
 def test_threads_generate_on_one_model():
     model = small_model()
     jobs = [dict(window_length=window, input_ids=prompt(5, seed=window)) for window in (8, 12, 16, 64)]
-    settings = dict(num_sink_tokens=4, max_new_tokens=80, do_sample=False)
+    settings = dict(num_sink_tokens=4, max_new_tokens=40, do_sample=False)
     alone = [generate(model, **job, **settings) for job in jobs] + [
-        model.generate(prompt(5), max_new_tokens=80, do_sample=False)
+        model.generate(prompt(5), max_new_tokens=40, do_sample=False)
     ]
     together: list = [None] * len(alone)
     start = threading.Barrier(len(alone))
@@ -380,7 +377,7 @@ def test_threads_generate_on_one_model():
         if index < len(jobs):
             together[index] = generate(model, **jobs[index], **settings)
         else:
-            together[index] = model.generate(prompt(5), max_new_tokens=80, do_sample=False)
+            together[index] = model.generate(prompt(5), max_new_tokens=40, do_sample=False)
 
     before = state(model)
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(alone))]

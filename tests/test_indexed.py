@@ -7,7 +7,7 @@ import torch
 from transformers import cache_utils
 
 from custom_generate.generate import IndexedLayer, SinkCache, generate
-from tests.support.helpers import left_padded, prompt, stream
+from tests.support.helpers import at_the_ends, left_padded, prompt, stream
 from tests.support.oracle import difference, oracle
 
 pytestmark = pytest.mark.skipif(
@@ -29,24 +29,28 @@ def expected(name, output, length, **settings):
     return oracle(indexed(name, **settings), output.sequences[0].tolist(), 16, 4)[length - 1 : -1]
 
 
-@pytest.mark.parametrize("length", [3, 40])
-@pytest.mark.parametrize("index_topk", [*(pytest.param(number, marks=pytest.mark.slow) for number in (2, 64)), 8])
-@pytest.mark.parametrize("name", NAMES)
+OTHERS = [("deepseek_v32", 2, 3), ("glm_moe_dsa", 64, 3), ("axk2", 8, 3), ("hy_v4", 2, 40), ("deepseek_v32", 64, 40)]
+
+
+@pytest.mark.parametrize(
+    "name, index_topk, length", [*((name, 8, 40) for name in NAMES), *(at_the_ends(*case) for case in OTHERS)]
+)
 def test_every_step_while_positions_are_shifted_back(name, index_topk, length):
     model = indexed(name, index_topk, length=24)
     # Where no token's scores are all 0: there, transformers chooses by chance.
-    output = stream(model, prompt(length, seed=7), seed=7)
+    output = stream(model, prompt(length, seed=7), 40, seed=7)
     assert any(isinstance(layer, IndexedLayer) for layer in output.past_key_values.layers)
     assert difference(torch.cat(output.logits), expected(name, output, length, index_topk=index_topk)) < 1e-5
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [1, 3, 12])
+@pytest.mark.parametrize("prefill_chunk_size", [at_the_ends(1), 3, at_the_ends(12)])
 def test_a_long_prompt_in_chunks(prefill_chunk_size):
     model = indexed()
     output = stream(model, prompt(40), 8, prefill_chunk_size=prefill_chunk_size)
     assert difference(torch.cat(output.logits), expected("deepseek_v32", output, 40)) < 1e-5
 
 
+@pytest.mark.ends_only
 def test_each_row_as_if_alone():
     model = indexed(length=24)
     prompts = [prompt(length, seed=length) for length in (30, 9, 2, 17)]
@@ -58,6 +62,7 @@ def test_each_row_as_if_alone():
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 
+@pytest.mark.ends_only
 def test_beams_follow_their_hypotheses():
     model = indexed()
     settings = dict(num_beams=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -66,6 +71,7 @@ def test_beams_follow_their_hypotheses():
     assert difference(logits, expected("deepseek_v32", output, 20)) < 1e-5
 
 
+@pytest.mark.ends_only
 def test_turns_copies_and_files_are_one_stream(tmp_path):
     model, cache = indexed(length=24), SinkCache(16, 4)
     settings = dict(max_new_tokens=20, do_sample=False)
@@ -77,7 +83,7 @@ def test_turns_copies_and_files_are_one_stream(tmp_path):
     assert torch.equal(said[0], generate(model, 16, 4, input_ids=ids, **settings))
 
 
-@pytest.mark.parametrize("length", [10, 30])
+@pytest.mark.parametrize("length", [at_the_ends(10), 30])
 def test_tokens_taken_back(length):
     model = indexed(length=24)
     cache, untouched = SinkCache(16, 4).bind(model), SinkCache(16, 4).bind(model)
@@ -104,6 +110,7 @@ def test_an_error_between_the_index_and_the_keys():
     assert torch.equal(said, generate(model, 16, 4, input_ids=ids, max_new_tokens=10, do_sample=False))
 
 
+@pytest.mark.ends_only
 def test_drafts_and_kept_conversations():
     model, ids = indexed(), prompt(20).repeat(1, 2)
     settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=210, suppress_tokens=[210])

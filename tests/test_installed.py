@@ -1,11 +1,11 @@
 """`pip install .` gives `import sink_cache`: the code of `custom_generate/generate.py`, in a package."""
 
-import os
+import importlib
 import pickle
 import re
-import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -16,13 +16,6 @@ pytestmark = pytest.mark.newest_only
 GENERATE = ROOT / "custom_generate/generate.py"
 
 
-def run(code: str, installed) -> bytes:
-    """What a process prints to whom the installed package is all that there is of this repository."""
-    return subprocess.check_output(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(installed)}, cwd=installed
-    )
-
-
 def test_the_package_is_the_file(installed):
     assert (installed / "sink_cache/generate.py").read_bytes() == GENERATE.read_bytes()
     (distribution,) = metadata.distributions(path=[str(installed)])
@@ -30,13 +23,13 @@ def test_the_package_is_the_file(installed):
     assert distribution.version == version
 
 
-def test_what_the_package_exports(installed):
-    code = """if True:
-        import pickle, sys
-        from sink_cache import SinkCache, __version__, generate
-        from sink_cache.generate import SinkCache as same, generate as same_function
-        assert SinkCache is same and generate is same_function
-        assert type(pickle.loads(pickle.dumps(SinkCache(16, 4)))) is SinkCache
-        sys.stdout.buffer.write(pickle.dumps([sys.modules[SinkCache.__module__].__file__, __version__]))"""
+def test_what_the_package_exports(installed, monkeypatch):
+    for name in ("sink_cache", "sink_cache.generate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(installed), *(path for path in sys.path if Path(path).resolve() != ROOT)])
+    package, module = map(importlib.import_module, ("sink_cache", "sink_cache.generate"))
+    assert module.__file__ == str(installed / "sink_cache/generate.py")
+    assert package.SinkCache is module.SinkCache and package.generate is module.generate
+    assert type(pickle.loads(pickle.dumps(package.SinkCache(16, 4)))) is package.SinkCache
     (distribution,) = metadata.distributions(path=[str(installed)])
-    assert pickle.loads(run(code, installed)) == [str(installed / "sink_cache/generate.py"), distribution.version]
+    assert package.__version__ == distribution.version

@@ -17,6 +17,7 @@ from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import (
     RELEASE,
+    at_the_ends,
     left_padded,
     loadable,
     prompt,
@@ -25,7 +26,7 @@ from tests.support.helpers import (
     small_tokenizer,
 )
 from tests.support.oracle import difference
-from tests.test_hybrids import SERVED, hybrid
+from tests.test_hybrids import CORE, SERVED, hybrid
 
 reading = sys.modules["custom_generate.generate"]  # the package has the function by that name
 NEW_TOKENS = 10
@@ -75,7 +76,7 @@ def longer(ids, number, seed):
 
 def test_a_turn_reads_what_is_new():
     model, ids = small_model(), prompt(30)
-    for turn in range(8):
+    for turn in range(5):
         new = ids.shape[1] if turn == 0 else 7 + 1  # the last token of an answer was not read yet
         ids = longer(check_as_anew(model, ids, new), 7, seed=turn)
 
@@ -88,8 +89,9 @@ def test_a_turn_reads_the_last_answer_too_where_it_comes_back_changed():
         check_as_anew(model, ids, 5 + 7)
 
 
-@pytest.mark.parametrize("number", [1, 2, 16])
-@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize(
+    "length, number", [(40, 2), *(at_the_ends(*case) for case in [(20, 1), (20, 16), (40, 1), (40, 16)])]
+)
 def test_what_a_template_puts_before_an_answer_may_be_left_out_later(number, length):
     # Window and sinks as by default, but of 24: chunks of 16 hold what is to be taken back.
     model, ids = small_model(), prompt(length)
@@ -333,6 +335,7 @@ def test_what_a_caller_gets_is_its_own():
     check_as_anew(model, ids, 8)
 
 
+@pytest.mark.ends_only
 def test_rows_that_go_on_alike():
     model, batch = small_model(), left_padded([prompt(30), prompt(22, seed=1)])
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -346,7 +349,9 @@ def test_rows_that_go_on_alike():
     check_as_anew(model, ids[:1], ids.shape[1])
 
 
-@pytest.mark.parametrize("kwargs", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(num_beams=3), at_the_ends(dict(do_sample=True, num_return_sequences=2))], ids=str
+)
 def test_beams_and_returned_sequences(kwargs):
     model, ids = small_model(), prompt(30)
     if kwargs.get("num_beams"):
@@ -364,7 +369,8 @@ def test_beams_and_returned_sequences(kwargs):
     assert read[2] <= 10 + 7 + 1 and read[4] <= 10 + 7 + 1  # from the prompt on, where all rows agreed
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.ends_only
+@pytest.mark.parametrize("name", [name for name in SERVED if name in (*CORE, "jamba")])
 def test_layers_of_several_kinds(name):
     # What their layers evicted is gone, so the prompt is kept before what a template may leave out.
     model, ids = hybrid(name), prompt(40)
@@ -375,7 +381,7 @@ def test_layers_of_several_kinds(name):
     check_as_anew(model, later, 16 + 9 if steps else later.shape[1])
 
 
-@pytest.mark.parametrize("kwargs", [dict(prompt_lookup_num_tokens=3), dict(assistant=True)], ids=str)
+@pytest.mark.parametrize("kwargs", [dict(prompt_lookup_num_tokens=3), at_the_ends(dict(assistant=True))], ids=str)
 def test_drafts(kwargs):
     model, ids = small_model(), prompt(20).repeat(1, 2)
     if kwargs.pop("assistant", False):
@@ -391,6 +397,7 @@ def test_drafts(kwargs):
     check_as_anew(model, sequences, sequences.shape[1])
 
 
+@pytest.mark.ends_only
 def test_a_call_after_drafts_goes_on_in_what_they_left():
     model, ids = small_model(), prompt(40)
     drafts = dict(kept_conversations=1, prompt_lookup_num_tokens=3, **WITH_DRAFTS)

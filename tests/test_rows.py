@@ -4,31 +4,40 @@ import pytest
 import torch
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import left_padded, prompt, small_model
+from tests.support.helpers import at_the_ends, left_padded, prompt, small_model
 from tests.support.oracle import difference
 
 
+# Each pair of lengths, a window, and an attention with a trained length is in one of these.
 @pytest.mark.parametrize(
-    "attn_implementation, trained_length",
-    [("sdpa", 16), ("sdpa", 512), pytest.param("eager", 16, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("window", [(16, 4), (16, 0), pytest.param((16, 15), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(
-    "lengths", [(3, 7, 1, 12), pytest.param((5, 5), marks=pytest.mark.slow), (1, 40, 16, 17)], ids=str
+    "lengths, window, attn_implementation, trained_length",
+    [
+        ((3, 7, 1, 12), (16, 4), "sdpa", 16),
+        ((1, 40, 16, 17), (16, 0), "sdpa", 512),
+        at_the_ends((3, 7, 1, 12), (16, 0), "eager", 16),
+        at_the_ends((3, 7, 1, 12), (16, 15), "sdpa", 512),
+        at_the_ends((1, 40, 16, 17), (16, 15), "sdpa", 16),
+        at_the_ends((1, 40, 16, 17), (16, 4), "eager", 16),
+        at_the_ends((5, 5), (16, 4), "sdpa", 512),
+        at_the_ends((5, 5), (16, 0), "sdpa", 16),
+        at_the_ends((5, 5), (16, 15), "eager", 16),
+    ],
+    ids=str,
 )
 def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_length):
     model = small_model(attn_implementation=attn_implementation, max_position_embeddings=trained_length)
     prompts = [prompt(length, seed=row) for row, length in enumerate(lengths)]
     settings = dict(
-        max_new_tokens=40, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
+        max_new_tokens=30, do_sample=False, prefill_chunk_size=1, return_dict_in_generate=True, output_logits=True
     )
     batch = generate(model, *window, **left_padded(prompts), **settings)
     for row, ids in enumerate(prompts):
         alone = generate(model, *window, input_ids=ids, **settings)
-        assert torch.equal(batch.sequences[row, -40:], alone.sequences[0, -40:])
+        assert torch.equal(batch.sequences[row, -30:], alone.sequences[0, -30:])
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_row_as_if_alone_in_half_precision(dtype):
     # Up to and with the first token that is another, if one is: there, rounding decided between two.
@@ -117,7 +126,7 @@ def test_padded_rows_in_a_prepared_loop(updates):
             assert difference(torch.cat(logits, dim=1)[row, first:], torch.cat(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("lengths", [(3, 7, 1, 12), (60, 55), (1, 40, 16, 17)], ids=str)
+@pytest.mark.parametrize("lengths", [at_the_ends((3, 7, 1, 12)), at_the_ends((60, 55)), (1, 40, 16, 17)], ids=str)
 def test_each_row_as_if_alone_in_default_chunks(lengths):
     # Rows fill their windows at different times, within one update too.
     model = small_model(max_position_embeddings=40)

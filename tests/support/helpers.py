@@ -29,6 +29,11 @@ with_the_old_class = pytest.mark.skipif(
 )
 
 
+def at_the_ends(*case):
+    """A case of a parametrised test for the oldest and the newest release alone: between them it is like others."""
+    return pytest.param(*case, marks=pytest.mark.ends_only)
+
+
 SMALL = dict(
     vocab_size=211,
     hidden_size=64,
