@@ -297,7 +297,7 @@ def test_attentions_and_hidden_states_are_those_of_what_is_kept(rows):
 def test_decoding_modes_past_the_window(settings):
     # A window that nothing leaves says what the mode does; one that is left says that the mode works there too.
     model = small_model()
-    arguments = dict(input_ids=prompt(10, rows=2), max_new_tokens=40, min_new_tokens=40, **settings)
+    arguments = dict(input_ids=prompt(10, rows=2), max_new_tokens=20, min_new_tokens=20, **settings)
     with seeded():
         plain = model.generate(**arguments)
     assert torch.equal(tokens(model, 64, 4, **arguments), plain)

@@ -171,7 +171,7 @@ def an_image(model, name: str) -> tuple[torch.Tensor, dict]:
 @pytest.mark.parametrize("length", [at_the_ends(3), 40])
 def test_text(name, length):
     model = model_with_a_tower(name)
-    output = stream(model, prompt(length).clamp(max=200), prefill_chunk_size=1)
+    output = stream(model, prompt(length).clamp(max=200), 40)
     expected = oracle(model, output.sequences[0].tolist(), 16, 4)[length - 1 : -1]
     assert difference(torch.cat(output.logits), expected) < 1e-5
 
