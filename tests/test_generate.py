@@ -70,6 +70,7 @@ def test_the_same_tokens_in_half_precision(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_the_same_tokens_on_the_real_model(real_model):
     model, tokenizer = real_model
     inputs = tokenizer("It was a bright cold day in April,", return_tensors="pt")
@@ -80,6 +81,7 @@ def test_the_same_tokens_on_the_real_model(real_model):
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_token_healing_generates_within_the_generation(real_model):
     model, tokenizer = real_model
     inputs = tokenizer(["The link is http:", "The site was http:"], return_tensors="pt")

@@ -8,7 +8,7 @@ from packaging.version import Version
 from transformers import CodeGenConfig, GPTJConfig, MixtralConfig, Phi3Config
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import RELEASE, SMALL, answer, at_the_ends, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, SMALL, answer, at_the_ends, on_the_newest, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
 
@@ -42,14 +42,14 @@ def error(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kw
     [
         ("llama", (16, 4), "sdpa"),
         ("llama", (16, 0), "eager"),
-        at_the_ends("llama", (16, 1), "sdpa"),
-        at_the_ends("llama", (5, 4), "eager"),
+        on_the_newest("llama", (16, 1), "sdpa"),
+        on_the_newest("llama", (5, 4), "eager"),
         at_the_ends("qwen3", (16, 4), "eager"),
-        at_the_ends("qwen3", (16, 0), "sdpa"),
+        on_the_newest("qwen3", (16, 0), "sdpa"),
         at_the_ends("mistral", (16, 1), "eager"),
-        at_the_ends("mistral", (5, 4), "sdpa"),
+        on_the_newest("mistral", (5, 4), "sdpa"),
         at_the_ends("deepseek_v3", (16, 4), "sdpa"),
-        at_the_ends("deepseek_v3", (5, 4), "eager"),
+        on_the_newest("deepseek_v3", (5, 4), "eager"),
     ],
     ids=str,
 )
@@ -60,7 +60,7 @@ def test_every_step_far_past_the_window(architecture, window, attn_implementatio
 
 @pytest.mark.parametrize(
     "window, trained_length",
-    [((16, 4), 16), *(at_the_ends(*case) for case in [((16, 4), 17), ((16, 0), 40), ((16, 15), 17), ((16, 0), 16)])],
+    [((16, 4), 16), *(on_the_newest(*case) for case in [((16, 4), 17), ((16, 0), 40), ((16, 15), 17), ((16, 0), 16)])],
     ids=str,
 )
 def test_every_step_while_positions_are_shifted_back(window, trained_length):
@@ -138,12 +138,12 @@ def test_a_model_that_slides_further_than_the_window():
     assert difference(logits, oracle(reference, tokens, 16, 4)[2:-1]) < 1e-5
 
 
-@pytest.mark.parametrize("length", [at_the_ends(15), 16, at_the_ends(17), 40])
+@pytest.mark.parametrize("length", [on_the_newest(15), 16, on_the_newest(17), 40])
 def test_a_prompt_fed_token_by_token(length):
     assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20, prefill_chunk_size=1) < 1e-5
 
 
-@pytest.mark.parametrize("length", [at_the_ends(15), 16])
+@pytest.mark.parametrize("length", [on_the_newest(15), 16])
 def test_a_prompt_that_the_window_holds_at_once(length):
     assert error(small_model(), prompt(length), 16, 4, max_new_tokens=20) < 1e-5
 
@@ -153,7 +153,7 @@ CHUNKS += [((16, 15), None), ((16, 15), 7), ((12, 1), 2), ((12, 1), 7), ((12, 1)
 
 
 @pytest.mark.parametrize(
-    "window, prefill_chunk_size", [((16, 4), None), ((16, 4), 7), *(at_the_ends(*case) for case in CHUNKS)], ids=str
+    "window, prefill_chunk_size", [((16, 4), None), ((16, 4), 7), *(on_the_newest(*case) for case in CHUNKS)], ids=str
 )
 def test_a_long_prompt_in_chunks(window, prefill_chunk_size):
     if prefill_chunk_size == "W - S":
@@ -187,7 +187,7 @@ LOOPS += [((1, 0), "sdpa", True)]
 
 @pytest.mark.parametrize(
     "window, attn_implementation, prepared",
-    [((16, 4), "sdpa", True), ((16, 4), "eager", False), *(at_the_ends(*case) for case in LOOPS)],
+    [((16, 4), "sdpa", True), ((16, 4), "eager", False), *(on_the_newest(*case) for case in LOOPS)],
     ids=str,
 )
 def test_a_loop_of_ones_own(window, attn_implementation, prepared):
@@ -203,7 +203,7 @@ CUTS = [(updates, window) for updates in UPDATES for window in WINDOWS]
 @pytest.mark.parametrize(
     "updates, window, attn_implementation",
     [(UPDATES[0], (16, 4), "sdpa"), (UPDATES[2], (16, 4), "eager")]
-    + [at_the_ends(*case, ["sdpa", "eager"][number % 2]) for number, case in enumerate(CUTS) if case[1] != (16, 4)],
+    + [on_the_newest(*case, ["sdpa", "eager"][number % 2]) for number, case in enumerate(CUTS) if case[1] != (16, 4)],
     ids=str,
 )
 def test_updates_of_several_tokens_in_a_loop_of_ones_own(updates, window, attn_implementation):
@@ -211,7 +211,7 @@ def test_updates_of_several_tokens_in_a_loop_of_ones_own(updates, window, attn_i
     assert own_loop(model, prompt(sum(updates)), *window, updates, prepared=True) < 1e-5
 
 
-@pytest.mark.parametrize("trained_length", [24, at_the_ends(33)])
+@pytest.mark.parametrize("trained_length", [24, on_the_newest(33)])
 def test_updates_of_several_tokens_while_positions_are_shifted_back(trained_length):
     model, updates = small_model(max_position_embeddings=trained_length), [7, 20, 1, 13, 1, 19, 20, 2, 20, 1, 1, 16]
     assert own_loop(model, prompt(sum(updates)), 16, 4, updates, prepared=True) < 1e-5
@@ -224,7 +224,7 @@ def test_several_tokens_that_evict_need_the_mask_of_prepare_inputs():
         own_loop(model, prompt(17), 16, 4, [10, 7], prepared=False)
 
 
-@pytest.mark.ends_only
+@pytest.mark.newest_only
 def test_a_prepared_loop_keeps_positions_bounded():
     model = small_model(max_position_embeddings=17)
     assert own_loop(model, prompt(80), 16, 4, [1] * 80, prepared=True) < 1e-5
@@ -279,6 +279,7 @@ night, because the keeper had been his grandfather, and"""
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_the_real_model(real_model):
     model, tokenizer = real_model
     input_ids = tokenizer(STORY, return_tensors="pt").input_ids

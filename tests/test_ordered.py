@@ -24,6 +24,7 @@ from tests.support.helpers import (
     at_the_ends,
     changing,
     left_padded,
+    on_the_newest,
     prompt,
     seeded,
     small_model,
@@ -78,7 +79,7 @@ OTHER_WINDOWS += [("mpt", (16, 15))] if "mpt" in CONFIGS else []
 
 @pytest.mark.parametrize(
     "name, window",
-    [*((name, (16, 4)) for name in CONFIGS), *(at_the_ends(*case) for case in OTHER_WINDOWS)],
+    [*((name, (16, 4)) for name in CONFIGS), *(on_the_newest(*case) for case in OTHER_WINDOWS)],
     ids=str,
 )
 def test_every_step_far_past_the_window(name, window):
@@ -119,7 +120,7 @@ PROMPTS += [("mpt", 40, None), ("mpt", 17, 7)] if "mpt" in CONFIGS else []
 
 @pytest.mark.parametrize(
     "name, length, prefill_chunk_size",
-    [("bloom", 16, None), ("bloom", 40, None), *(at_the_ends(*case) for case in PROMPTS)],
+    [("bloom", 16, None), ("bloom", 40, None), *(on_the_newest(*case) for case in PROMPTS)],
 )
 def test_a_prompt_of_any_length(name, length, prefill_chunk_size):
     model = ordered(name)
@@ -172,7 +173,7 @@ OTHER_UPDATES = [("bloom", [12]), ("falcon", [10, 2]), ("falcon, new", [11, 1, 3
 
 
 @pytest.mark.parametrize(
-    "name, updates", [("bloom", [11, 1, 3, 1]), *(at_the_ends(*case) for case in OTHER_UPDATES)], ids=str
+    "name, updates", [("bloom", [11, 1, 3, 1]), *(on_the_newest(*case) for case in OTHER_UPDATES)], ids=str
 )
 def test_a_loop_of_ones_own_with_padded_rows(name, updates):
     # Rows go on with fewer tokens than others, are full one after the other, and lie in the ring in other places.
@@ -232,7 +233,7 @@ def test_beams_follow_their_hypotheses(name):
 
 
 @pytest.mark.parametrize(
-    "seen, taken", [(30, 5), *(at_the_ends(*case) for case in [(10, 5), (16, 1), (16, 5), (30, 1)])]
+    "seen, taken", [(30, 5), *(on_the_newest(*case) for case in [(10, 5), (16, 1), (16, 5), (30, 1)])]
 )
 def test_tokens_taken_back(seen, taken):
     model = ordered("bloom")
@@ -278,7 +279,7 @@ def test_an_error_before_the_first_layer_leaves_the_count_of_tokens():
 
 @pytest.mark.parametrize(
     "name, updates",
-    [("bloom", [9, 1, 6]), at_the_ends("falcon", [1] * 16), at_the_ends("falcon, new", [10, 6])],
+    [("bloom", [9, 1, 6]), on_the_newest("falcon", [1] * 16), on_the_newest("falcon, new", [10, 6])],
     ids=str,
 )
 def test_called_by_itself_until_it_must_evict(name, updates):
@@ -420,7 +421,7 @@ def test_a_model_that_sees_padding_is_refused():
         generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
 
 
-@pytest.mark.ends_only
+@pytest.mark.newest_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bloom", "falcon, new"])
 def test_narrow_dtypes(name, dtype):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import at_the_ends, left_padded, prompt, small_model
+from tests.support.helpers import left_padded, on_the_newest, prompt, small_model
 from tests.support.oracle import difference
 
 
@@ -14,13 +14,13 @@ from tests.support.oracle import difference
     [
         ((3, 7, 1, 12), (16, 4), "sdpa", 16),
         ((1, 40, 16, 17), (16, 0), "sdpa", 512),
-        at_the_ends((3, 7, 1, 12), (16, 0), "eager", 16),
-        at_the_ends((3, 7, 1, 12), (16, 15), "sdpa", 512),
-        at_the_ends((1, 40, 16, 17), (16, 15), "sdpa", 16),
-        at_the_ends((1, 40, 16, 17), (16, 4), "eager", 16),
-        at_the_ends((5, 5), (16, 4), "sdpa", 512),
-        at_the_ends((5, 5), (16, 0), "sdpa", 16),
-        at_the_ends((5, 5), (16, 15), "eager", 16),
+        on_the_newest((3, 7, 1, 12), (16, 0), "eager", 16),
+        on_the_newest((3, 7, 1, 12), (16, 15), "sdpa", 512),
+        on_the_newest((1, 40, 16, 17), (16, 15), "sdpa", 16),
+        on_the_newest((1, 40, 16, 17), (16, 4), "eager", 16),
+        on_the_newest((5, 5), (16, 4), "sdpa", 512),
+        on_the_newest((5, 5), (16, 0), "sdpa", 16),
+        on_the_newest((5, 5), (16, 15), "eager", 16),
     ],
     ids=str,
 )
@@ -37,7 +37,7 @@ def test_each_row_as_if_alone(lengths, window, attn_implementation, trained_leng
         assert difference(torch.stack(batch.logits)[:, row], torch.cat(alone.logits)) < 1e-5
 
 
-@pytest.mark.ends_only
+@pytest.mark.newest_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_row_as_if_alone_in_half_precision(dtype):
     # Up to and with the first token that is another, if one is: there, rounding decided between two.
@@ -126,7 +126,7 @@ def test_padded_rows_in_a_prepared_loop(updates):
             assert difference(torch.cat(logits, dim=1)[row, first:], torch.cat(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("lengths", [at_the_ends((3, 7, 1, 12)), at_the_ends((60, 55)), (1, 40, 16, 17)], ids=str)
+@pytest.mark.parametrize("lengths", [on_the_newest((3, 7, 1, 12)), on_the_newest((60, 55)), (1, 40, 16, 17)], ids=str)
 def test_each_row_as_if_alone_in_default_chunks(lengths):
     # Rows fill their windows at different times, within one update too.
     model = small_model(max_position_embeddings=40)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 from custom_generate.generate import CROP_ARGUMENT, SinkCache, generate
-from tests.support.helpers import RELEASE, at_the_ends, left_padded, prompt, small_model
+from tests.support.helpers import RELEASE, left_padded, on_the_newest, prompt, small_model
 from tests.support.oracle import difference, oracle
 
 
@@ -30,14 +30,14 @@ NOT_FULL, FULL, ONE_BY_ONE = [9, 3], [30], [12, *[1] * 20]
     [
         ((16, 4), FULL, 6, 4),
         ((16, 4), ONE_BY_ONE, 19, 13),
-        at_the_ends((16, 4), NOT_FULL, 6, 6),
-        at_the_ends((16, 4), ONE_BY_ONE, 1, 1),
-        at_the_ends((16, 0), FULL, 19, 19),
-        at_the_ends((16, 0), NOT_FULL, 19, 13),
-        at_the_ends((16, 15), FULL, 6, 1),
-        at_the_ends((16, 15), ONE_BY_ONE, 6, 6),
-        at_the_ends((12, 1), FULL, 1, 1),
-        at_the_ends((12, 1), NOT_FULL, 6, 4),
+        on_the_newest((16, 4), NOT_FULL, 6, 6),
+        on_the_newest((16, 4), ONE_BY_ONE, 1, 1),
+        on_the_newest((16, 0), FULL, 19, 19),
+        on_the_newest((16, 0), NOT_FULL, 19, 13),
+        on_the_newest((16, 15), FULL, 6, 1),
+        on_the_newest((16, 15), ONE_BY_ONE, 6, 6),
+        on_the_newest((12, 1), FULL, 1, 1),
+        on_the_newest((12, 1), NOT_FULL, 6, 4),
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_cropped_in_several_steps_and_no_further_than_the_last_update():
         assert difference(logits[0], expected[-8:]) < 1e-5
 
 
-@pytest.mark.parametrize("updates", [at_the_ends([1] * 7), [2, 1, 3, 1], at_the_ends([7])], ids=str)
+@pytest.mark.parametrize("updates", [on_the_newest([1] * 7), [2, 1, 3, 1], on_the_newest([7])], ids=str)
 def test_recorded_tokens_can_be_taken_back_together(updates):
     model, tokens = small_model(max_position_embeddings=40), prompt(60)
     cache = SinkCache(16, 4).bind(model)
@@ -164,7 +164,7 @@ def cut_before(module):
 # The layer before which it is cut, or after the last one; and what it was to take in: a token, an update, or chunks.
 @pytest.mark.parametrize(
     "prompt_length, layer_idx",
-    [(9, 1), (0, None), *(at_the_ends(*case) for case in [(0, 0), (0, 2), (9, None), (40, 0), (40, 1), (40, None)])],
+    [(9, 1), (0, None), *(on_the_newest(*case) for case in [(0, 0), (0, 2), (9, None), (40, 0), (40, 1), (40, None)])],
 )
 def test_a_step_cut_short_between_two_layers(prompt_length, layer_idx):
     model, cache, said, expected, settings = conversation(prompt_length)
@@ -202,8 +202,8 @@ def cut_before_write(function, number: int):
     return cut
 
 
-@pytest.mark.parametrize("layer_idx", [0, at_the_ends(2)])
-@pytest.mark.parametrize("prompt_length", [at_the_ends(0), 9])
+@pytest.mark.parametrize("layer_idx", [0, on_the_newest(2)])
+@pytest.mark.parametrize("prompt_length", [on_the_newest(0), 9])
 def test_a_step_cut_short_within_a_layer(prompt_length, layer_idx):
     # Before each write of the layer's update: as the sinks are moved, between keys and values, and so on.
     model, whole, said, expected, settings = conversation(prompt_length)
@@ -221,7 +221,7 @@ def test_a_step_cut_short_within_a_layer(prompt_length, layer_idx):
     assert number >= 2  # keys and values at least
 
 
-@pytest.mark.parametrize("tokens", [1, *map(at_the_ends, (2, 15))])
+@pytest.mark.parametrize("tokens", [1, *map(on_the_newest, (2, 15))])
 def test_the_conversation_goes_on_where_a_stream_broke_off(tokens):
     # The token was in all layers, and the last one that came out is in none.
     class Breaks(BaseStreamer):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from custom_generate.generate import SinkCache, generate
 from tests.conftest import HUB
 from tests.support import ROOT
-from tests.support.helpers import RELEASE, left_padded, loadable, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, left_padded, loadable, on_the_newest, prompt, seeded, small_model
 from tests.support.modeling_backwards import BackwardsConfig, BackwardsForCausalLM
 from tests.support.oracle import difference, oracle
 
@@ -227,8 +227,7 @@ def counting(model, how: str, dynamic) -> list:
 
 
 # How, whether for any sizes, and whether several rows or tokens come at once.
-WAYS = [("its forward", None, True), ("in place", True, False)]
-WAYS += [pytest.param("its layers", None, False, marks=pytest.mark.newest_only)]
+WAYS = [("its forward", None, True), on_the_newest("in place", True, False), on_the_newest("its layers", None, False)]
 
 
 @pytest.mark.slow

@@ -34,6 +34,11 @@ def at_the_ends(*case):
     return pytest.param(*case, marks=pytest.mark.ends_only)
 
 
+def on_the_newest(*case):
+    """A case for the newest release alone: of arithmetic that no release has a part in."""
+    return pytest.param(*case, marks=pytest.mark.newest_only)
+
+
 SMALL = dict(
     vocab_size=211,
     hidden_size=64,
