@@ -11,6 +11,8 @@ from custom_generate.generate import SinkCache
 from tests.support.helpers import prompt, small_model
 from tests.test_hybrids import SERVED, hybrid
 
+pytestmark = pytest.mark.newest_only
+
 MODELS = ["llama", *(name for name in ("gemma3_text", "llama4_text", "falcon_h1") if name in SERVED)]
 
 
@@ -27,7 +29,6 @@ class Weighing(TorchDispatchMode):
         return output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_what_steps_make(name):
     model, pads = small_model(num_hidden_layers=1) if name == "llama" else hybrid(name), [0, 9]

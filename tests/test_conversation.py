@@ -229,15 +229,15 @@ def test_cropping_what_evicted_is_refused():
     assert cache.get_seq_length() == 10
 
 
-def compute_in_float64(layer: torch.nn.Module) -> None:
-    forward = layer.double().forward
+def in_float64(forward):
+    """The `forward` of a layer, which computes in float64, for states in float32."""
 
-    def cast(hidden_states, *args, position_embeddings, **kwargs):
-        embeddings = tuple(each.double() for each in position_embeddings)
-        output = forward(hidden_states.double(), *args, position_embeddings=embeddings, **kwargs)
-        return (output[0].float(),) if isinstance(output, tuple) else output.float()
+    def converting(states, *args, position_embeddings, **kwargs):
+        position_embeddings = tuple(each.double() for each in position_embeddings)
+        output = forward(states.double(), *args, position_embeddings=position_embeddings, **kwargs)
+        return (output[0].float(), *output[1:]) if isinstance(output, tuple) else output.float()
 
-    layer.forward = cast
+    return converting
 
 
 @pytest.mark.parametrize("moved", [[0], [1], [0, 2], [0, 1, 2]], ids=str)
@@ -246,7 +246,8 @@ def test_layers_that_are_in_several_places_now(moved):
     model, cache, sequences, expected = a_conversation(40, rows=2, **settings)
     # As if they were on other devices: some of them compute in float64 now.
     for layer_idx in moved:
-        compute_in_float64(model.model.layers[layer_idx])
+        layer = model.model.layers[layer_idx].double()
+        layer.forward = in_float64(layer.forward)
     turn = torch.cat([sequences, prompt(3, rows=2, seed=9)], dim=1)
     settings = dict(past_key_values=cache, do_sample=False)
     said = generate(model, input_ids=turn, max_new_tokens=10, **settings)

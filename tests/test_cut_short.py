@@ -12,6 +12,8 @@ from tests.support.helpers import small_model, stream
 from tests.support.oracle import difference, oracle
 from tests.test_hybrids import SERVED, hybrid
 
+pytestmark = pytest.mark.newest_only
+
 TOKENS = random_tokens(60)
 FILE = SinkCache.update.__code__.co_filename
 
