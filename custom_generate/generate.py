@@ -333,6 +333,11 @@ def distances(before: Sequence[int], after: Sequence[int]) -> list[int]:
     return [new - old for old, new in zip(before, after)]
 
 
+def numbers_of_rows(numbers: Sequence[int], indices: torch.Tensor) -> list[int]:
+    """The numbers of `[rows]` of a batch whose row `i` was row `indices[i]`. To look at these waits for the device."""
+    return list(numbers) if len(numbers) == 1 else [numbers[row] for row in indices.tolist()]
+
+
 def each_row(distances: list[int]) -> torch.Tensor:
     """The distances of `[rows]` as float64 `[rows, 1, 1]`, which broadcasts to heads and tokens."""
     return torch.tensor(distances, dtype=torch.float64, device="cpu")[:, None, None]
@@ -577,7 +582,7 @@ class Ring:
         self._exchange(keys, values, sinks)
 
     def _exchange(self, keys: torch.Tensor, values: torch.Tensor, sinks: Optional[torch.Tensor], **others: Any) -> None:
-        """Keep tokens in these tensors from now on, all at once."""
+        """Keep tokens in these tensors from now on, and have these `others` of its attributes, all at once."""
         rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
         slots = torch.zeros_like(rows)
         mark_static(rows, slots)
@@ -638,17 +643,13 @@ class Ring:
 
     def with_rows(self, indices: torch.Tensor) -> "Ring":
         """A copy whose row `i` of the batch is row `indices[i]` here."""
-        ring, selected = shared(self), {}
-        for name in ("shifts", "lowered"):
-            counts = self.shifts if name == "shifts" else self.lowered.offsets
-            counts = counts if len(counts) == 1 else [counts[row] for row in indices.tolist()]
-            selected[name] = counts if name == "shifts" else Lowered(counts)
-        if self.keys is None:
-            vars(ring).update(selected)
-            return ring
-        rows = indices.to(self.keys.device)
-        tensors = (self.keys, self.values, self.sinks)
-        ring._exchange(*(None if tensor is None else tensor.index_select(1, rows) for tensor in tensors), **selected)
+        ring = shared(self)
+        ring.shifts = numbers_of_rows(self.shifts, indices)
+        ring.lowered = Lowered(numbers_of_rows(self.lowered.offsets, indices))
+        if self.keys is not None:
+            tensors = (self.keys, self.values, self.sinks)
+            rows = indices.to(self.keys.device)
+            ring._exchange(*(None if tensor is None else tensor.index_select(1, rows) for tensor in tensors))
         return ring
 
     def tensors(self) -> list[torch.Tensor]:
@@ -703,8 +704,8 @@ class Undo:
             None if states is None else states.index_select(0, indices.to(states.device))
             for states in (self.keys, self.values)
         )
-        offsets = self.offsets if len(self.offsets) == 1 else [self.offsets[row] for row in indices.tolist()]
-        return replace(self, keys=keys, values=values, offsets=tuple(offsets))
+        offsets = tuple(numbers_of_rows(self.offsets, indices))
+        return replace(self, keys=keys, values=values, offsets=offsets)
 
 
 class SinkLayer(CacheLayerMixin):
@@ -1177,6 +1178,8 @@ class UntouchedLayer:
 
     def lower_positions(self, offsets: list[int]) -> None:
         """Lower the positions of its keys to `offsets` (`[rows]`) below those that the model gave them."""
+        if self.offsets == offsets:
+            return
         changed = {"offsets": offsets}
         back = [-distance for distance in distances(self.offsets, offsets)]
         if self.rotation is not None and any(back) and self._has_keys:
@@ -1187,7 +1190,7 @@ class UntouchedLayer:
     def with_rows(self, indices: torch.Tensor, rings: dict[Ring, Ring]) -> "UntouchedLayer":
         """A copy whose row `i` of the batch is row `indices[i]` here."""
         layer = shared(self)
-        layer.offsets = self.offsets if len(self.offsets) == 1 else [self.offsets[row] for row in indices.tolist()]
+        layer.offsets = numbers_of_rows(self.offsets, indices)
         if self._has_keys:
             layer.keys, layer.values = (
                 states.index_select(0, indices.to(states.device)) for states in (self.keys, self.values)
@@ -3714,9 +3717,8 @@ class Stream:
         stream = shared(self)
         stream._set_layers([layer.with_rows(indices, rings) for layer in self.layers])
         stream.transcript, stream.plan, stream.compiled = self.transcript.with_rows(indices), None, None
-        if len(self.pads) > 1:
-            rows = indices.tolist()
-            stream.pads, stream.offsets = [self.pads[row] for row in rows], [self.offsets[row] for row in rows]
+        stream.pads = numbers_of_rows(self.pads, indices)
+        stream.offsets = numbers_of_rows(self.offsets, indices)
         return stream
 
     # Taking back
