@@ -240,7 +240,7 @@ def in_float64(forward):
     return converting
 
 
-@pytest.mark.parametrize("moved", [[0], [1], [0, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("moved", [[1], *map(at_the_ends, ([0], [0, 2], [0, 1, 2]))], ids=str)
 def test_layers_that_are_in_several_places_now(moved):
     settings = dict(max_position_embeddings=20, attn_implementation="eager")  # which takes a mask of any dtype
     model, cache, sequences, expected = a_conversation(40, rows=2, **settings)

@@ -9,6 +9,8 @@ import torch
 from custom_generate.generate import CACHE, SinkCache, Transcript, digest_of, generate
 from tests.support.helpers import left_padded, prompt, small_model
 
+pytestmark = pytest.mark.ends_only
+
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
 
 

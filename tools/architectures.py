@@ -262,7 +262,7 @@ def _stream(name: str, model: PreTrainedModel, reference: PreTrainedModel) -> Ro
     # Token by token, while positions are shifted back to stay below the trained length ...
     cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
     try:
-        differences = [_difference(model, reference, cache, 3, 60)]
+        differences = [_difference(model, reference, cache, 3, 40)]
     except (ValueError, TypeError) as error:
         if cache.get_seq_length() > 0:  # too late for a refusal
             raise
