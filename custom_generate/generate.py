@@ -4967,7 +4967,7 @@ class StreamedCall:
             stream.trim_transcript()
             vars(self.stand_in).clear()  # it and its methods hold each other, and the cache
             vars(self.stand_in).update(vars(self.model))  # DeepSpeed keeps what ran, and looks at it in the next run
-            after_a_call(self.model)
+            after_a_call(self.cache._bound_model)
 
     # The methods that stand in place of the model's, in the order in which a loop calls them
 

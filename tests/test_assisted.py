@@ -373,7 +373,7 @@ def test_layers_that_hold_nothing_can_take_back(name, settings):
         assert torch.equal(said(model, ids, (None, None), past_key_values=cache), expected)
 
 
-@pytest.mark.skipif("gemma4_assistant" not in CONFIG_MAPPING, reason="not in this release")
+@pytest.mark.newest_only
 def test_an_assistant_without_keys_of_its_own_is_named():
     text = dict(SMALL, head_dim=16, global_head_dim=16, num_kv_shared_layers=3)
     text |= dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)

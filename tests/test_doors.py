@@ -272,7 +272,7 @@ def test_a_window_in_a_file_from_which_transformers_drops_it_is_named(door, hub,
     if door == "hub":
         hub.commit_folder(name, folder)
     carrying = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-    call = dict(input_ids=prompt(5), max_new_tokens=60, do_sample=False)
+    call = dict(input_ids=prompt(5), max_new_tokens=CALL["max_new_tokens"], do_sample=False)
     expected = through_the_folder(small_model(vocab_size=300), prompt(5))
     for model in (carrying.generate, functools.partial(generate, carrying)):
         for given, named in ({}, "window_length` is 16"), ({"window_length": 16}, "num_sink_tokens` is 4"):
