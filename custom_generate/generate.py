@@ -1847,27 +1847,33 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     failed = f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read"
-    with telling(lambda error: _unreadable(model, f"{failed}: {error}")):
-        before, after = _cached_at(model, 0), _cached_at(model, distance)
-        rounding, here = _rounding(model, before), _logits_at(model, 0)
-        moved, allowed = _difference_when_moved(model, here, distance, rounding)
-    _refuse_no_numbers(model, before, moved)
-    (before, before_of_index), (after, after_of_index) = without_index(before), without_index(after)
-    rotations = _fit_rotations(model, before, after, distance, rounding)
-    index_rotations = _fit_rotations(model, before_of_index, after_of_index, distance, rounding)
-    if not any(rotations) and not (any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
+    before, after, rounding, logits, changed, allowed = _compare_at(model, distance, failed)
+    number, tolerance = len(before) // 2, _tolerance(distance, rounding)
+    possible = functools.cache(lambda tensor, head_dim: list(_candidates(model, head_dim, tensor)))
+    fits = _fit_rotations(before, after, distance, lambda _, tensor, head_dim: possible(tensor, head_dim))
+    for layer_idx, (left, found) in enumerate(fits):
+        if len(found) > 1 or left > tolerance:
+            raise _unreadable(
+                model,
+                f"the keys of its layer {layer_idx % number} change with their position, but not by a rotation, so "
+                f"they can't be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of "
+                f"frequencies that stand in the model, leaves {left:.2g} of their length unexplained (rounding: "
+                f"{tolerance:.2g}).",
+            )
+    found = [rotations[0] if rotations else None for _, rotations in fits]
+    rotations, index_rotations, own, indexes = found[:number], found[number:], before[:number], before[number:]
+    if not any(rotations) and not (any(own) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
         return None
-    if moved > allowed:
-        raise _not_relative(model, distance, moved, allowed)
-    _refuse_mixing(model, here, max(allowed, 1e-5))
-    for layer_idx, rotation in enumerate(rotations):
-        if rotation is not None and before_of_index[layer_idx] and index_rotations[layer_idx] is None:
+    _refuse_change(model, distance, changed, allowed)
+    _refuse_mixing(model, logits, max(allowed, 1e-5))
+    for layer_idx, (rotation, index) in enumerate(zip(rotations, indexes)):
+        if rotation is not None and index and index_rotations[layer_idx] is None:
             raise _unreadable(
                 model,
                 f"the index by which its layer {layer_idx} chooses tokens keeps keys without positions, and takes "
                 "these from the columns of the cache.",
             )
-    cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(before, before_of_index)]
+    cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(own, indexes)]
     return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
 
 
@@ -1892,7 +1898,7 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
     with telling(refusal):
         if _keeps_states(model) or any(type(layer).__name__ in UNTOUCHED_LAYERS for layer in default_layers(model)):
             raise ValueError("some of its layers slide or keep a state, and know no columns")
-        cached, rounding = _refuse_places(model, SOME_COLUMNS)
+        cached, rounding = _read_columns(model, SOME_COLUMNS)
         _refuse_seen_padding(model, rounding)
     unmoved = [None] * len(cached)
     return _traits(model, unmoved, unmoved, cached, rounding, SOME_COLUMNS, ordered=True)
@@ -1949,7 +1955,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
         if traits.ordered:
             failed = f"it failed with {reach} columns in its cache"
             with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
-                _refuse_places(stand_in, reach)
+                _read_columns(stand_in, reach)
         else:
             _read_further_positions(stand_in, traits, reach, limit)
     _remember_reach(model, traits, reach)
@@ -1958,25 +1964,22 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
 def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
     """`read_further` of a model that takes positions; `limit` is what would avoid an error, or empty."""
     failed = f"it failed on a few tokens at position {reach}"
-    with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
-        before, after = _cached_at(model, 0), _cached_at(model, reach)
-        moved, allowed = _difference_when_moved(model, _logits_at(model, 0), reach, traits.rounding)
-    tolerance = 4 * (traits.rounding + reach * torch.finfo(torch.float32).eps)
-    own_and_index = zip((traits.rotations, traits.index_rotations), without_index(before), without_index(after))
-    for rotations, here, there in own_and_index:
-        for layer_idx, rotation in enumerate(rotations):
-            for tensor, states in here[layer_idx].items():
-                candidates = [rotation] if rotation is not None and rotation.tensor == tensor else []
-                left, found = _fit_rotation(states.cpu(), there[layer_idx][tensor].cpu(), reach, candidates)
-                if left > tolerance or (candidates and found is None and states.any()):
-                    raise _unreadable(
-                        model,
-                        f"at position {reach} the keys of its layer {layer_idx} are rotated otherwise than up to "
-                        f"{traits.reach}, so keys of both don't fit together.",
-                        limit,
-                    )
-    if not moved <= allowed:
-        raise _not_relative(model, reach, moved, allowed, limit)
+    before, after, rounding, _, changed, allowed = _compare_at(model, reach, failed, limit)
+    known = [*traits.rotations, *traits.index_rotations]
+
+    def candidates(layer_idx: int, tensor: str, head_dim: int) -> list[Rotation]:
+        rotation = known[layer_idx]
+        return [rotation] if rotation is not None and rotation.tensor == tensor else []
+
+    for layer_idx, (left, found) in enumerate(_fit_rotations(before, after, reach, candidates)):
+        if left > _tolerance(reach, rounding) or bool(found) != (known[layer_idx] is not None):
+            raise _unreadable(
+                model,
+                f"at position {reach} the keys of its layer {layer_idx % len(traits.rotations)} are rotated otherwise "
+                f"than up to {traits.reach}, so keys of both don't fit together.",
+                limit,
+            )
+    _refuse_change(model, reach, changed, allowed, limit)
 
 
 def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
@@ -1999,41 +2002,43 @@ def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
 # The rotation that fits
 
 
-def without_index(cached: list[dict[str, torch.Tensor]]) -> tuple[list[dict], list[dict]]:
-    """What each layer `cached` as its keys and values; and what its index did, as `keys`, empty without one."""
+def indexes_last(cached: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """What each layer `cached` as its keys and values; then, for each layer, what its index did.
+
+    An index is as a layer of its own that caches `keys` only. It is empty where a layer has none.
+    """
     own = [{name: states for name, states in layer.items() if name != "indexer_keys"} for layer in cached]
-    return own, [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
+    return own + [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
+
+
+def _tolerance(distance: int, rounding: float) -> float:
+    """What rounding may leave of keys, as a part of their length, after a rotation by `distance` positions."""
+    return 4 * (rounding + distance * torch.finfo(torch.float32).eps)
 
 
 def _fit_rotations(
-    model: PreTrainedModel,
     before: list[dict[str, torch.Tensor]],
     after: list[dict[str, torch.Tensor]],
     distance: int,
-    rounding: float,
-) -> list[Optional[Rotation]]:
-    """Each layer's rotation, from what it caches of single tokens `before` and `after` they move by `distance`."""
-    candidates = functools.cache(lambda head_dim, tensor: list(_candidates(model, head_dim, tensor)))
-    tolerance = 4 * (rounding + distance * torch.finfo(torch.float32).eps)
-    rotations = []
+    candidates: Callable[[int, str, int], list[Rotation]],
+) -> list[tuple[float, list[Rotation]]]:
+    """Which rotations take what layers cache of single tokens `before` to that of `after`, `distance` positions later.
+
+    Args:
+        candidates: the rotations to try, for the index of a layer, the name of a tensor and its last dimension.
+
+    Returns:
+        For each layer, the most that is left of the difference of a tensor, as a part of its length, and the rotations.
+    """
+    found = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
         fits = [
-            _fit_rotation(
-                first[tensor].cpu(), second[tensor].cpu(), distance, candidates(first[tensor].shape[-1], tensor)
-            )
-            for tensor in first
+            _fit_rotation(states.cpu(), second[name].cpu(), distance, candidates(layer_idx, name, states.shape[-1]))
+            for name, states in first.items()
         ]
-        rotating = [rotation for _, rotation in fits if rotation is not None]
-        left = max((error for error, _ in fits), default=0.0)
-        if len(rotating) > 1 or left > tolerance:
-            raise _unreadable(
-                model,
-                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
-                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
-                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
-            )
-        rotations.append(rotating[0] if rotating else None)
-    return rotations
+        rotations = [rotation for _, rotation in fits if rotation is not None]
+        found.append((max((left for left, _ in fits), default=0.0), rotations))
+    return found
 
 
 def _fit_rotation(
@@ -2195,26 +2200,42 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(((expected - actual).norm(dim=-1) / norms)[norms != 0].min())
 
 
-def _difference_when_moved(
-    model: PreTrainedModel, here: torch.Tensor, distance: int, rounding: float
-) -> tuple[float, float]:
-    """How much what four tokens give up to position `distance` differs from `here`, at position 0; and how much it may.
+def _compare_at(
+    model: PreTrainedModel, distance: int, failed: str, limit: str = ""
+) -> tuple[list, list, float, torch.Tensor, float, float]:
+    """Run a few tokens at the first positions, and again up to position `distance`.
 
-    Both are relative to the length of what they give. Nothing is tried if `distance` is below 4.
+    Args:
+        failed: how an error of the model is told.
+        limit: of `cant_stream`.
+
+    Returns:
+        What is cached of four single tokens at position 0, and at `distance`, by `indexes_last`.
+        The relative rounding.
+        The logits of four rows of four tokens from position 0 on: `[4, 4, vocabulary]`.
+        By how much these change where they end at `distance`, as a part of their length; and by how much they may.
+        Both are 0 if `distance` is below 4.
+
+    Raises:
+        ValueError: the model fails, or what it gives is NaN or infinite.
     """
-    if distance < 4:
-        return 0.0, 0.0
-    one_on, there = (_logits_at(model, start) for start in (1, distance - 3))
-    if not here.any():
-        here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
-    noise = _difference(here, one_on)  # one position on, everything is rounded anew
-    return _difference(here, there), 4 * (noise + distance * torch.finfo(torch.float32).eps + rounding)
+    with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
+        before, after = _cached_at(model, 0), _cached_at(model, distance)
+        rounding, logits, changed, allowed = _rounding(model, before), _logits_at(model, 0), 0.0, 0.0
+        if distance >= 4:
+            here, one_on, there = logits, _logits_at(model, 1), _logits_at(model, distance - 3)
+            if not here.any():
+                here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
+            noise = _difference(here, one_on)  # one position on, everything is rounded anew
+            changed, allowed = _difference(here, there), 4 * noise + _tolerance(distance, rounding)
+    _refuse_no_numbers(model, before, changed, limit)
+    return indexes_last(before), indexes_last(after), rounding, logits, changed, allowed
 
 
 # What they show
 
 
-def _refuse_places(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+def _read_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
     """Raise if `model` makes something else of a token that comes as the last of `number` columns than of the first.
 
     All columns hold that token. So whatever weights a bias gives them, attention gives what it does for one of them.
@@ -2397,34 +2418,34 @@ def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueEr
     return cant_stream(model, reason + training if model.training else reason, limit)
 
 
-def _refuse_no_numbers(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], moved: float) -> None:
-    """Raise if what a model `cached` of a few tokens, or how far what it gave `moved`, is NaN or infinite."""
+def _refuse_no_numbers(
+    model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], changed: float, limit: str
+) -> None:
+    """Raise if what a model `cached` of a few tokens is NaN or infinite, or how much its logits `changed` is NaN."""
     seen = [
         f"the keys and values of its layer {layer_idx}"
         for layer_idx, layer in enumerate(cached)
         if not all(states.isfinite().all() for states in layer.values())
     ]
-    if seen or math.isnan(moved):
+    if seen or math.isnan(changed):
         raise _unreadable(
             model,
             f"{(seen or ['its logits'])[0]} are NaN or infinite for a few tokens, off which its rotation is read. Look "
             "at its weights, or load it in a wider dtype.",
+            limit,
         )
 
 
-def _not_relative(model: PreTrainedModel, distance: int, moved: float, allowed: float, limit: str = "") -> ValueError:
-    """The error for a model that gives something else where tokens are `distance` further on; `limit` as above."""
-    reason = (
-        "what its tokens see of each other changes when all move by the same distance, and a stream moves them to keep "
-        f"positions bounded. What four tokens give at positions up to {distance} differs by {moved:.2g} of its length "
-        f"from what they give at the first positions (rounding: {allowed:.2g})."
-    )
-    if any("nn.quantized.dynamic" in type(module).__module__ for module in model.modules()):
-        reason += (
-            " It has dynamically quantized layers, which round by all that they are given at once: quantize the "
-            "weights only."
+def _refuse_change(model: PreTrainedModel, distance: int, changed: float, allowed: float, limit: str = "") -> None:
+    """Raise if what a model gives has `changed` by more than is `allowed`, as its tokens were moved by `distance`."""
+    if not changed <= allowed:
+        raise _unreadable(
+            model,
+            "what its tokens see of each other changes when all move by the same distance, and a stream moves them to "
+            f"keep positions bounded. What four tokens give at positions up to {distance} differs by {changed:.2g} of "
+            f"its length from what they give at the first positions (rounding: {allowed:.2g}).",
+            limit,
         )
-    return _unreadable(model, reason, limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2479,8 +2500,6 @@ def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
     num_sink_tokens = integer("num_sink_tokens", num_sink_tokens)
     if window_length < 1:
         raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
-    if window_length > sys.maxsize:
-        raise ValueError(f"`window_length` must be at most {sys.maxsize}, got {window_length}.")
     if not 0 <= num_sink_tokens < window_length:
         raise ValueError(
             f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
@@ -2736,30 +2755,31 @@ def refuse_model(model: PreTrainedModel, window: Window) -> None:
             "for. Use a model with full attention in its layers.",
         )
     _refuse_layers(model)
-    if slides_everywhere(model) and window.length > config.sliding_window:
-        raise ValueError(
-            f"`window_length` must be at most {config.sliding_window}, got {window.length}: the model's own attention "
-            "reaches no further back, so the sinks would be out of its sight."
-        )
-    chosen = getattr(config, "keep_window_size", None)
-    if chosen is not None and window.length > chosen:
-        raise ValueError(
-            f"`window_length` must be at most {chosen}, got {window.length}: of more tokens the model's attention "
-            "chooses some, which depends on their order in the cache (`keep_window_size`)."
-        )
-    unscaled = unscaled_length(config)
-    if unscaled is not None and window.length > unscaled:
-        raise ValueError(
-            f"`window_length` must be at most {unscaled}, got {window.length}: past that the model scales its queries "
-            "by their place, and tokens of one update would be scaled otherwise than one by one."
-        )
-    trained = trained_length(config)
     changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
-    if changing & {"dynamic", "longrope"} and trained and window.length > trained:
-        raise ValueError(
-            f"`window_length` must be at most {trained}, got {window.length}: past that the model changes the "
-            "frequencies of its rotary embeddings, and the keys in the cache would no longer fit."
-        )
+    limits = [
+        (
+            config.sliding_window if slides_everywhere(model) else None,
+            "the model's own attention reaches no further back, so the sinks would be out of its sight.",
+        ),
+        (
+            getattr(config, "keep_window_size", None),
+            "of more tokens the model's attention chooses some, which depends on their order in the cache "
+            "(`keep_window_size`).",
+        ),
+        (
+            unscaled_length(config),
+            "past that the model scales its queries by their place, and tokens of one update would be scaled otherwise "
+            "than one by one.",
+        ),
+        (
+            trained_length(config) if changing & {"dynamic", "longrope"} else None,
+            "past that the model changes the frequencies of its rotary embeddings, and the keys in the cache would no "
+            "longer fit.",
+        ),
+    ]
+    for longest, reason in limits:
+        if longest is not None and window.length > longest:
+            raise ValueError(f"`window_length` must be at most {longest}, got {window.length}: {reason}")
 
 
 def _refuse_layers(model: PreTrainedModel) -> None:
@@ -2787,17 +2807,6 @@ def _refuse_layers(model: PreTrainedModel) -> None:
     else:
         return
     raise cant_stream(model, f"{reason}. Use a model with full attention in its layers.")
-
-
-def refuse_size(window: Window, traits: ModelTraits) -> None:
-    """Raise if no machine can address the keys and values of such a window."""
-    layouts = [(shape, dtype) for layer in traits.layouts for shape, dtype, _ in layer]
-    nbytes = window.length * sum(shape[1] * shape[3] * dtype.itemsize for shape, dtype in layouts)
-    if nbytes > sys.maxsize:
-        raise ValueError(
-            f"`window_length` is {window.length}, for which keys and values would take {nbytes} bytes, more than a "
-            "machine can address. Choose a shorter one."
-        )
 
 
 # Arguments of `generate`
@@ -2838,35 +2847,36 @@ def _file_of(model: PreTrainedModel, name: str) -> Optional[str]:
         return None
 
 
+# What a stream can't serve. For each argument: the value besides None that asks for nothing, and what the error says.
+# These are about the cache and its columns.
+REFUSED_ARGUMENTS = {
+    "use_cache": (True, "must not be False: streaming is what the cache does. Pass `use_cache=True`."),
+    "cache_implementation": (None, "must not be given, got {value!r}: the cache is a `SinkCache`. Leave it out."),
+    "return_legacy_cache": (False, "must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."),
+    "position_ids": (None, "must not be given: a stream chooses positions that stay bounded. Leave it out."),
+}
+# And these ask for another way of decoding.
+REFUSED_MODES = {
+    name: (
+        1,  # as one group of beams
+        f"asks for {mode}, which transformers {transformers.__version__} loads from a repository of its own, and a "
+        "stream is another. Leave it out.",
+    )
+    for name, mode in MOVED_MODES.items()
+}
+REFUSED_MODES["penalty_alpha"] = (
+    0,
+    "asks for contrastive search, which looks at all tokens of before. Leave it out.",
+)
+
+
 def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `generate` that a stream can't serve."""
-    if _asked_for(model, kwargs, "use_cache") is False:
-        raise ValueError("`use_cache` must not be False: streaming is what the cache does. Pass `use_cache=True`.")
-    implementation = _asked_for(model, kwargs, "cache_implementation")
-    if implementation is not None:
-        raise ValueError(
-            f"`cache_implementation` must not be given, got {implementation!r}: the cache is a `SinkCache`. Leave it "
-            "out."
-        )
-    if _asked_for(model, kwargs, "return_legacy_cache"):
-        raise ValueError(
-            "`return_legacy_cache` must not be True: a tuple of keys and values is no `SinkCache`. Leave it out."
-        )
-    if resolve_setting(model, kwargs, "penalty_alpha"):
-        raise ValueError(
-            "`penalty_alpha` asks for contrastive search, which looks at all tokens of before. Leave it out."
-        )
-    for name, mode in MOVED_MODES.items():
-        value = resolve_setting(model, kwargs, name)
-        if value is not None and value != 1:  # as one group of beams
-            raise ValueError(
-                f"`{name}` asks for {mode}, which transformers {transformers.__version__} loads from a repository of "
-                "its own, and a stream is another. Leave it out."
-            )
-    if kwargs.get("position_ids") is not None:
-        raise ValueError(
-            "`position_ids` must not be given: a stream chooses positions that stay bounded. Leave it out."
-        )
+    """Raise ValueError for arguments of `generate` that a stream can't serve."""
+    for look_up, refused in ((_asked_for, REFUSED_ARGUMENTS), (resolve_setting, REFUSED_MODES)):
+        for name, (harmless, reason) in refused.items():
+            value = look_up(model, kwargs, name)
+            if value is not None and (harmless is None or value != harmless):
+                raise ValueError(f"`{name}` {reason.format(value=value)}")
     chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
     try:
         valid = chunk_size is None or integer("prefill_chunk_size", chunk_size) >= 1
@@ -4442,7 +4452,6 @@ class SinkCache(Cache):
         held_traits = self.held.traits if self.is_bound else None
         if bound_to is model and traits.rotations is held_traits.rotations:
             return self
-        refuse_size(window, traits)
         layers = make_layers(model, window, traits)
         ceiling = position_ceiling(window, traits, layers)
         read_further(model, traits, window.length, ceiling - 1)

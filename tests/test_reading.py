@@ -183,17 +183,6 @@ def test_where_no_rotation_is_found_no_cause_is_named():
     assert "learned" not in str(raised.value) and "RoPE" not in str(raised.value)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_model_whose_rounding_is_dynamic_is_told_so():
-    model = small_model(num_hidden_layers=8, hidden_size=128, intermediate_size=256)
-    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(
-        ValueError, match="differs by .*has dynamically quantized layers.*quantize the weights only"
-    ) as raised:
-        generate(model, 16, 4, input_ids=prompt(3), max_new_tokens=5)
-    assert "RoPE" not in str(raised.value)
-
-
 # --- as far as positions will go
 
 
