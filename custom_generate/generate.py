@@ -1262,7 +1262,10 @@ def untouched(layer: Any, rotation: Optional[Rotation], holds_text: bool, has_ki
 
 
 def trained_length(config: Any) -> Optional[int]:
-    """The smallest length the configuration names: below it no model changes its frequencies, or scales its queries."""
+    """The smallest length that the configuration names, None if it names none.
+
+    Below it no model changes its frequencies, or scales its queries.
+    """
     config = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings", "max_seq_len")
     names += ("floor_scale",)  # which scales queries
@@ -1272,7 +1275,7 @@ def trained_length(config: Any) -> Optional[int]:
 
 
 def unscaled_length(config: Any) -> Optional[int]:
-    """How many tokens the model takes before it scales queries by their place; None if it does not, by its names."""
+    """How many tokens the model takes before it scales queries by their place; None if no setting says that it does."""
     config = config.get_text_config(decoder=True)
     named = [config.floor_scale - 1] if getattr(config, "attn_temperature_tuning", False) else []
     for settings in rope_parameters(config):
@@ -1289,7 +1292,7 @@ def rope_parameters(config: Any) -> list[dict]:
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """The kind of each layer, as far as the configuration names it."""
+    """The kind of each layer; empty if the configuration does not name them."""
     return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
 
 
@@ -1309,7 +1312,7 @@ def takes_masks(model: PreTrainedModel) -> bool:
 
 
 def brings_code(model: PreTrainedModel) -> bool:
-    """Whether the model's forward is no code of transformers. Such code may ask a cache what theirs does not."""
+    """Whether the model's forward comes with the model. Such code may ask a cache what transformers' own does not."""
     forward_of = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
     return not forward_of.__module__.startswith("transformers.")
 
@@ -1335,15 +1338,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def has_positions_of_axes(module: torch.nn.Module) -> bool:
-    """Whether a module, or one in it, keeps how positions of several axes differ from the count of tokens."""
+    """Whether a module, or one in it, gives tokens positions of several axes, as it does to those of an image."""
     return any("rope_deltas" in vars(inner) for inner in module.modules())
 
 
 def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """What may be frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
+    """What may be rotary frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
 
-    That is each vector that is no weight, and the angles of position 1 in each table of sines and cosines, `[positions,
-    2 * pairs]`.
+    Each vector that is no weight may be. So may the angles of position 1 in a table of sines and cosines, which is
+    `[positions, 2 * pairs]`.
     """
     for tensor in [*module._buffers.values(), *vars(module).values()]:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
@@ -1360,16 +1363,16 @@ def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 class Stamp:
-    """What the traits of a model rest on, told without running it.
+    """What the traits of a model depend on, as it can be seen without running the model.
 
-    That is: its modules and weights, the same ones as long as none was exchanged; versions and places of the weights;
-    the modules' code and plain settings (training and active adapters among them); the configuration; and what may be
-    frequencies. Not seen are weights changed behind torch's back (`.data`), on which no rotation depends.
+    That is: which modules and weights it has; dtype, shape, device and version of each weight; the code and the plain
+    settings of the modules (training and active adapters among them); the configuration; and what may be frequencies.
+    A weight changed behind torch's back (`.data`) is not seen. No rotation depends on one.
 
     Each call of `generate` compares it, so that is quick: a millisecond for 1,000 modules. It keeps nothing alive.
 
     Args:
-        counters: for each module, the names of settings that are left out; None if there are none.
+        counters: for each module, the names of settings that are ignored; None if there are none.
 
     Attributes:
         has_run: whether a call of `generate` has run the model since.
@@ -1385,7 +1388,7 @@ class Stamp:
         self._have_settings = list(map(_comparison, modules, self.counters, self._settings))
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether all that is still so."""
+        """Whether `model` is still as it was when the stamp was made."""
         modules = modules_of(model)
         references, values = _identities(model, modules)
         if len(references) != len(self._references) or not all(map(operator.is_, references, self._references)):
@@ -1398,28 +1401,29 @@ class Stamp:
         )
 
     def leave_out_counters(self, model: PreTrainedModel) -> None:
-        """Leave out, from now on, numbers that changed or came while `model` ran: it is not the user who sets them."""
+        """Ignore from now on the numbers that changed or came while `model` ran: the user did not set them."""
         for number, (module, counters, then) in enumerate(zip(modules_of(model), self.counters, self._settings)):
             for name, now in _settings(module, counters).items():
-                if _is_number(now) and _is_number(then.get(name, 0)) and then.get(name) != now:
+                are_numbers = _is_plain(now, (int, float)) and _is_plain(then.get(name, 0), (int, float))
+                if are_numbers and then.get(name) != now:
                     counters.add(name)
             self._settings[number] = {name: value for name, value in then.items() if name not in counters}
             self._have_settings[number] = _comparison(module, counters, self._settings[number])
 
 
 def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple[list, list]:
-    """References to what should be the same objects; and values of the weights, their code and the configuration."""
+    """Weak references to what must be the same objects; and, of what must be equal, the values."""
     classes = list(map(type, modules))
     weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
     references = list(map(weakref.ref, itertools.chain(modules, classes)))
-    # Those that accelerate keeps elsewhere until they are needed come and go.
+    # A weight that accelerate keeps elsewhere is another object each time it is needed.
     references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
     values = [weight.dtype for weight in weights]
     values += [weight.shape for weight in weights]
     values += [weight.device for weight in weights]
     values += [weight._version for weight in weights if not weight.is_inference()]
     patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
-    # 4.54 to 4.57 set a forward to give hidden states, and then to the method that it was.
+    # 4.54 to 4.57 set a forward while they collect hidden states. Afterwards it is the method of the class again.
     values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
     values += [known_by(getattr(cls, "forward", None)) for cls in dict.fromkeys(classes)]
     config, inner = model.config, model.config.get_text_config(decoder=True)
@@ -1437,9 +1441,10 @@ class _Same(weakref.ref):
 
 
 def known_by(value: Any) -> Any:
-    """What equals that of another `value` only if it is the same object, or was made alike of the same ones.
+    """A key for `value`. Those of two values are equal only if both are one object, or alike and of the same objects.
 
-    It keeps none of them alive. A method, or a function with some of its arguments, is known when it is made again.
+    So a method, or a function with some of its arguments, keeps its key when it is made again. No key keeps an object
+    alive.
     """
     if type(value) in (type(None), bool, int, float, str):
         return value
@@ -1454,11 +1459,14 @@ def known_by(value: Any) -> Any:
     try:
         return _Same(value)
     except TypeError:
-        return object()  # there are no weak references to it, so nobody can tell whether it is the same one
+        return object()  # it allows no weak reference, so its key equals no other
 
 
 def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list[tuple]:
-    """By what hooks before and after a forward are known; transformers' own are left out, which change nothing."""
+    """For each hook before and after a forward, whether it comes after, and its key by `known_by`.
+
+    transformers' own hooks are left out, because they change nothing.
+    """
     if not before and not after:
         return []
     hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
@@ -1472,7 +1480,7 @@ def _is_transformers(hook: Callable) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-# What torch has on each module, and what transformers leaves on a model that gave its hidden states: no settings.
+# These attributes are no settings: torch has them on each module, or transformers leaves them after hidden states.
 NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
 
 
@@ -1493,9 +1501,9 @@ def _angles(module: torch.nn.Module) -> list:
 
 
 def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str, Any]) -> Callable[[dict], bool]:
-    """What tells quickly whether `vars(module)` still have these settings, and no tensor beside the weights.
+    """A quick test whether `vars(module)` still have these settings, and no tensor beside the weights.
 
-    It says no where that takes longer to tell.
+    It also says no where only a slower comparison can tell.
     """
     length, no_settings = len(vars(module)), NO_SETTINGS | left_out
     names = [name for name in vars(module) if name not in no_settings]
@@ -1513,7 +1521,7 @@ def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str,
 
 
 class _NoSetting:
-    """Equal to what is neither a setting nor a tensor, which may be frequencies."""
+    """Equal to any value that is neither a setting nor a tensor. (Tensors may be frequencies.)"""
 
     def __eq__(self, value: Any) -> bool:
         return not _is_plain(value) and not isinstance(value, torch.Tensor)
@@ -1522,18 +1530,12 @@ class _NoSetting:
 _NO_SETTING = _NoSetting()
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a setting that can be compared: a number, a text, or a list or dict of some."""
+def _is_plain(value: Any, types: Sequence[type] = (bool, int, float, str)) -> bool:
+    """Whether a value is a setting that can be compared: of one of these types, or a list or dict of such values."""
     if type(value) in (dict, list, tuple):
-        return len(value) > 0 and all(map(_is_plain, value.values() if type(value) is dict else value))
-    return type(value) in (bool, int, float, str)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a plain value is a number, or a list or dict of some."""
-    if type(value) in (dict, list, tuple):
-        return all(map(_is_number, value.values() if type(value) is dict else value))
-    return type(value) in (int, float)
+        values = value.values() if type(value) is dict else value
+        return len(value) > 0 and all(_is_plain(each, types) for each in values)
+    return type(value) in types
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,11 +1544,11 @@ def _is_number(value: Any) -> bool:
 
 
 def shared_path(model: PreTrainedModel) -> Any:
-    """`shared(model)`, in which the modules that hold its decoder are shared too: what it sets on them stays there.
+    """A stand-in for `model`, and for the modules around its decoder: what runs set on them does not reach the model.
 
-    Models whose positions have several axes keep on themselves by how much those of their latest prompt differ from the
-    count of its tokens (`rope_deltas`). That may be another conversation's. Those of a stream, and of the runs that a
-    model is read by, don't differ.
+    A model whose positions have several axes keeps in `rope_deltas` by how much those of its latest prompt differ from
+    the count of tokens. That prompt may be another conversation's. In a stream, and while a model is read, they don't
+    differ.
     """
     embeddings = model.get_input_embeddings()
     names = next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
@@ -1560,7 +1562,7 @@ def shared_path(model: PreTrainedModel) -> Any:
 
 
 def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
-    """Have positions on stand-ins of modules be no others than the count of tokens."""
+    """Have stand-ins of modules make positions that are the count of tokens."""
     for stand_in in stand_ins:
         if "rope_deltas" in vars(stand_in):
             vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -1582,11 +1584,11 @@ def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
     return uncompiled
 
 
-# Whose hooks a model needs to work: they gather its weights, or move them and what it computes.
+# A model needs the hooks of these to work: they gather its weights, or move them and what it computes.
 NEEDED_HOOKS = ("torch.distributed.", "torch.nn.", "transformers.", "accelerate.", "deepspeed.", "peft.")
 NEEDED_HOOKS += ("transformers_modules.",)  # code that comes with a model
 
-# So deep a forward is wrapped at most: a function that is in its own closure has no end.
+# Modules are looked for in this many wrappers of a forward. A function that is in its own closure has no end of them.
 MOST_WRAPPERS = 8
 
 # Where a module has its hooks, and which of them take keyword arguments.
@@ -1604,7 +1606,7 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
     """
     modules = list(model.modules())
     stand_ins = {id(module): shared(module) for module in modules}
-    for module in modules:  # to compile would take longer, and for a few tokens only
+    for module in modules:  # compiling takes longer than a few tokens without it
         if hasattr(module, "_orig_mod"):
             stand_ins[id(module)] = stand_ins[id(module._orig_mod)]
     for module in modules:
@@ -1619,11 +1621,15 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
 
 
 def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
-    """Give the stand-in of `module` all that it has for itself; `stand_ins` has them by the ids of their modules."""
+    """Give the stand-in of `module` all that it does not share with it.
+
+    Args:
+        stand_ins: of all modules of the model, by the `id` of each.
+    """
     stand_in = stand_ins[id(module)]
     own = vars(stand_in)
     own.update(uncompiled_code(module))
-    if hasattr(type(own.get("forward")), "__deepcopy__"):  # as of a tool that has an object in its place
+    if hasattr(type(own.get("forward")), "__deepcopy__"):  # a tool has put an object in its place
         own["forward"] = copy.deepcopy(own["forward"], dict(stand_ins))
     own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
     own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
@@ -1642,7 +1648,7 @@ def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any
     code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
     if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
         return True
-    # Users change the rotation of keys by a hook on what makes it.
+    # Users change how keys rotate by a hook on the module that makes the angles.
     return any(
         frequencies.any() and (frequencies >= 0).all() and (frequencies.diff() <= 0).all()
         for frequencies in _frequencies(module)
@@ -1656,7 +1662,7 @@ def is_of_rows(hook: Callable) -> bool:
 
 @contextlib.contextmanager
 def adapters_of_rows(model: Any) -> Iterator[None]:
-    """After an error in the block, take such hooks off the model: peft does so only after a call that went well."""
+    """After an error in the block, take peft's hooks for the rows of a batch off: it does so only where none comes."""
     try:
         yield
     except BaseException:
@@ -1669,7 +1675,7 @@ def adapters_of_rows(model: Any) -> Iterator[None]:
 
 
 def _call_hook(hook: Callable, module: torch.nn.Module, stand_in: Any, *args: Any) -> Any:
-    """Call a `hook` as on its own `module`: some look up what they know of it."""
+    """Call a `hook` with its own `module`, not with the `stand_in`: some look up what they know of the module."""
     return hook(module, *args)
 
 
@@ -1736,16 +1742,16 @@ class ModelTraits:
         layouts: for each layer, the shape, dtype and device of each tensor that it caches of text, equal in equal
             layers; empty if it caches nothing of text.
         fingerprint: what the model is known by, its last keys for some tokens: float32 `[4, kv_heads, 1, head_dim]`.
-        continues_states: whether a layer's state is gone on with where the model gets several tokens at once.
-        continues_positions: whether the model counts positions on where it is given none.
+        continues_states: whether several tokens at once go on from a layer's state, as single ones do.
+        continues_positions: whether the model counts its positions on if it is given none.
         rounding: the relative rounding of what its attention gets.
         reach: up to which position all this was tried, or with how many columns.
         mask_dtype: of the masks that its attention takes.
         trained_length: see the function of that name.
-        cache_name: by which name it takes a cache.
+        cache_name: the argument of its forward that takes a cache.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
-        balances_experts: whether it gives the logits of its routers, and a loss made of them, without being asked.
+        balances_experts: whether it always returns the logits of its routers, and a loss made of them.
         sees_ahead: the types of tokens that see later ones of their type, as those of an image do: by which input the
             model is told them, and whether they are other than 0.
         brings_code: see the function of that name.
@@ -1774,10 +1780,10 @@ class ModelTraits:
         return self  # they never change
 
 
-# With how many columns it is tried whether a model goes by them, at first.
+# At first a model is tried with this many columns in its cache, where it goes by them.
 SOME_COLUMNS = 16
 
-# Of each model, its traits, and the stamp of what they rest on.
+# The traits of each model, and the stamp of what they depend on.
 _readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[Stamp, ModelTraits]]" = weakref.WeakKeyDictionary()
 
 
@@ -1785,11 +1791,11 @@ _readings: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[Stamp, ModelTraits]
 def read_model(model: PreTrainedModel) -> ModelTraits:
     """Find how `model` knows the order of tokens, and what else a stream has to know, by running it on a few tokens.
 
-    The traits are remembered for as long as the model lives and what they rest on is the same.
+    The traits are remembered for as long as the model lives and what they depend on stays the same.
 
     Raises:
-        ValueError: it knows it neither by a rotation of keys nor by the columns of its cache (learned positions); what
-            it gives is no number; or what it does depends on positions themselves, as far as its dtype shows it.
+        ValueError: it knows their order neither by a rotation of keys nor by the columns of its cache, as with learned
+            positions; it gives NaN or infinite numbers; or what it gives changes when all positions move.
     """
     stamp, traits = _readings.get(model, (None, None))
     if traits is None or not stamp.fits(model):
@@ -1806,7 +1812,7 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
 
 
 def after_a_call(model: PreTrainedModel) -> None:
-    """Note what a first call changed on `model`, which it ran: hooks may count, which don't run when it is read."""
+    """After a first call: ignore from now on what it changed on `model`. Hooks may count, and none ran before it."""
     stamp, _ = _readings.get(model, (None, None))
     if stamp is not None and not stamp.has_run:
         stamp.has_run = True
@@ -1989,13 +1995,13 @@ def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tenso
 
 
 def known_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
-    """The same without running the model, as far as it is what it was when it was read."""
+    """The fingerprint of `model` as it is now. The model runs only if it has changed since it was read."""
     stamp, read = _readings.get(model, (None, None))
     return read.fingerprint if read is not None and stamp.fits(model) else read_fingerprint(model, traits)
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the fingerprints are the same model's, in whatever dtype."""
+    """Whether both fingerprints are of one model, in whatever dtypes."""
     return fingerprint.shape == other.shape and bool((fingerprint - other).norm() <= 0.1 * other.norm())
 
 
@@ -2044,10 +2050,11 @@ def _fit_rotations(
 def _fit_rotation(
     before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
 ) -> tuple[float, Optional[Rotation]]:
-    """How far `before` is from `after` (`[batch, kv_heads, 1, head_dim]`) by the nearest rotation, or none; and which.
+    """The rotation by `distance` that takes `before` nearest to `after`: `[batch, kv_heads, 1, head_dim]` both.
 
     Returns:
-        The norm of the difference that it leaves, as a part of that of `after`; and the rotation. Zeros don't rotate.
+        The norm of the difference that is left, as a part of that of `after`; and the rotation. It is None if none is
+        nearer than no rotation at all, as where keys are zero.
     """
     before, after = before.float(), after.float()
 
@@ -2060,7 +2067,7 @@ def _fit_rotation(
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
-    """Every rotation of `head_dim` dimensions whose frequencies may stand somewhere in the model."""
+    """Every rotation of keys of `head_dim` dimensions by what may be frequencies anywhere in the model."""
     seen: list[torch.Tensor] = []
     for frequencies in itertools.chain.from_iterable(map(_frequencies, model.modules())):
         if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
@@ -2091,7 +2098,7 @@ def rotate_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rota
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens the model knows. The table of their embeddings may be empty as long as it does not run."""
+    """How many tokens the model knows. Its table of embeddings may be empty while it does not run."""
     named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     return min(size for size in (named, model.get_input_embeddings().weight.shape[0]) if size)
 
@@ -2103,7 +2110,7 @@ def some_tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 
 def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """Four rows of a token: spread over the vocabulary, so that no odd one (padding is often zero) decides alone."""
+    """Four rows of a token, int64 `[4, 1]`. They are spread over the vocabulary, so that no odd one decides alone."""
     tokens = [[vocabulary(model) * part // 8] for part in (1, 3, 5, 7)]
     return torch.tensor(tokens, dtype=torch.long, device=input_device(model))
 
@@ -2115,9 +2122,13 @@ def _run(
     cache: Optional[DynamicCache] = None,
     **kwargs: Any,
 ) -> tuple[Any, DynamicCache]:
-    """What the model gives for `tokens` (`[rows, length]`) at positions from `start` on, or where it puts them itself.
+    """Run the model on `tokens` (int64 `[rows, length]`), and return its output and the cache.
 
-    Without a cache it would look for several texts in positions above 0, so it goes on in `cache`, or in a new one.
+    It always has a cache, because without one it takes positions above 0 for those of several texts in a row.
+
+    Args:
+        start: the position of the first token; None to give no positions.
+        cache: the one to go on in; None for a new one.
     """
     cache = default_cache(model.config) if cache is None else cache
     if start is not None:
@@ -2132,17 +2143,17 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
 
 
 def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
-    """The logits of four rows of four tokens from position `start` on."""
+    """The logits of four rows of four tokens from position `start` on: `[4, 4, vocabulary]`."""
     return _allowed_logits(_run(model, some_tokens(model, 4), start)[0])
 
 
 def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
-    """The same tokens' states before the head, for a model whose head is zero."""
+    """The states of the same tokens before the head, for a model whose head is zero: `[4, 4, hidden_size]`."""
     return _run(model, some_tokens(model, 4), start, output_hidden_states=True)[0].hidden_states[-1]
 
 
 class _ColumnsAlike(DynamicCache):
-    """As a cache in which the new token, alone in its row, stands in all of `number` columns. It takes no memory.
+    """A cache in which the one new token of each row stands in all of `number` columns. It takes no memory for them.
 
     Attributes:
         cached: by layer, the `keys` and `values` of the token.
@@ -2164,7 +2175,7 @@ class _ColumnsAlike(DynamicCache):
 
 
 def _run_on_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """What each layer caches for four single tokens that come last of `number` columns alike; and their logits."""
+    """What each layer caches for four single tokens, each the last of `number` columns alike; and their logits."""
     tokens = _single_tokens(model)
     mask = torch.ones(4, number, dtype=torch.long, device=tokens.device)
     output, cache = _run(model, tokens, None, _ColumnsAlike(number), attention_mask=mask)
@@ -2192,7 +2203,7 @@ def _allowed_logits(output: Any) -> torch.Tensor:
 
 
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """The relative difference of the row that differs least: rounding may send a token to another expert in some."""
+    """The relative difference of the row that differs least. In others rounding may send a token to another expert."""
     expected, actual = expected.float().flatten(1), actual.float().flatten(1)
     norms = expected.norm(dim=-1)
     if not norms.any():
@@ -2236,12 +2247,15 @@ def _compare_at(
 
 
 def _read_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, torch.Tensor]], float]:
-    """Raise if `model` makes something else of a token that comes as the last of `number` columns than of the first.
+    """Run single tokens in a column of their own, and as the last of `number` columns.
 
-    All columns hold that token. So whatever weights a bias gives them, attention gives what it does for one of them.
+    All columns hold the same token. So whatever weights a bias gives them, attention gives what it does for one.
 
     Returns:
         What each layer caches of four single tokens, and the relative rounding.
+
+    Raises:
+        ValueError: what the model makes of a token depends on its column; it is NaN or infinite; or it is not cached.
     """
     first, logits = _run_on_columns(model, 1)
     if not first or len(first) < len(default_layers(model)):
@@ -2264,7 +2278,7 @@ def _read_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, t
 
 
 def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
-    """Raise if what `model` gives for five tokens, of which the last comes alone, differs behind padding."""
+    """Raise if padding before five tokens, of which the last comes alone, changes what `model` gives for it."""
     tokens, logits = some_tokens(model, 9), []
     for start in (4, 0):  # the first four are padding
         mask = (torch.arange(start, 9, dtype=torch.long, device=tokens.device) >= 4).long().expand(4, -1)
@@ -2276,11 +2290,11 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
 
 
 def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: float) -> None:
-    """Raise if two tokens of a row give something else than `together` with two more after them and another row.
+    """Raise if what two tokens of a row give changes where two more come after them, and another row beside them.
 
     Args:
-        together: the logits of four rows of four tokens at position 0.
-        allowed: the most by which they may differ.
+        together: the logits of four rows of four tokens from position 0 on.
+        allowed: the most by which it may change, as a part of its length.
     """
     alone = _allowed_logits(_run(model, some_tokens(model, 4)[1:, :2])[0])
     changed = _difference(together[1:, :2], alone)
@@ -2294,7 +2308,7 @@ def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: floa
 
 
 def _ignores_cache_order(model: PreTrainedModel, rounding: float) -> bool:
-    """Whether a token gives the same when the 16 before it lie in the cache in reverse order."""
+    """Whether a token gives the same if the 16 before it stand in the cache in reverse order."""
     tokens, logits = some_tokens(model, 17), []
     for reverse in (False, True):
         _, cache = _run(model, tokens[:, :16])
@@ -2318,7 +2332,7 @@ def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
     _, whole = _run(model, tokens)
     _, parts = _run(model, tokens[:, :7])
     _run(model, tokens[:, 7:], 7, parts)
-    # What a layer makes of it shows in the next one at the latest. Further on there is more noise.
+    # A wrong state shows in its own layer or in the next one that has a state. Further on there is more noise.
     states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
     noise = max(1e-4, 4 * rounding)
     return all(
@@ -2329,7 +2343,7 @@ def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
 
 
 def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
-    """Whether a second token gets position 1 where the model, which keeps states, is given none."""
+    """Whether a model that keeps states, and is given no positions, puts a second token at position 1."""
     if not _keeps_states(model):
         return True
     tokens, keys = some_tokens(model, 2), []
@@ -2345,7 +2359,7 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def _sees_ahead(model: PreTrainedModel, rounding: float) -> frozenset[tuple[str, bool]]:
-    """See `ModelTraits.sees_ahead`: the types with which two tokens give something else where two more come after."""
+    """`ModelTraits.sees_ahead`: the types with which two more tokens change what the two before them give."""
     parameters, tokens, found = inspect.signature(model.forward).parameters, some_tokens(model, 4), set()
     for name, other in itertools.product(TOKEN_TYPES, (False, True)):
         if name in parameters:
@@ -2359,12 +2373,13 @@ def _sees_ahead(model: PreTrainedModel, rounding: float) -> frozenset[tuple[str,
 
 
 def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) -> bool:
-    """Whether the model takes 1 in a mask of four dimensions for what is seen, as a helper of transformers does.
+    """Whether in a mask of four dimensions the model takes 1 for what is seen, and 0 for what is not.
 
-    Models of transformers add such a mask to their scores, so that 0 is seen.
+    Some code that comes with a model does. Models of transformers add the mask to their scores, so that 0 is seen.
+    Models with layers of several kinds are not tried.
 
     Raises:
-        ValueError: it makes neither of it, or takes no such mask. Layers of several kinds are not tried.
+        ValueError: the model reads such a mask in neither way, or takes none.
     """
     if not takes_masks(model) or {type(layer).__name__ for layer in default_layers(model)} - {*FULL_LAYERS}:
         return False
@@ -2382,20 +2397,20 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
 # Why it can't be streamed
 
 
-# Errors that tell of a model, or of what a file holds for it.
+# Errors that may come from a model, or from what a file holds for it.
 MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 MODEL_ERRORS += (safetensors.SafetensorError,)
 
-# Errors among them that tell of the machine: its memory, its devices, its other processes. Not every torch has all.
+# Those that come from the machine: its memory, its devices, its other processes. Not every torch has all.
 _classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
 MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
-# What stands in errors of the same kind that have no class of their own.
+# Words in errors of the machine that have no class of their own.
 MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
 
 
 @contextlib.contextmanager
 def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Raise `tell(error)` for an error of the block that tells of a model or of a file.
+    """Raise `tell(error)` instead of an `error` of the block that comes from a model or from what a file holds.
 
     Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
     """
@@ -2408,12 +2423,12 @@ def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
 
 
 def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
-    """The error for a model that can't be streamed for a `reason`, after the `limit` that would avoid it."""
+    """The error for a model that can't be streamed, and the `reason`. A `limit` that would avoid it comes first."""
     return ValueError(f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}")
 
 
 def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
-    """The same for a `reason` seen in its runs."""
+    """The same for a `reason` that its runs showed. Training mode may have caused it."""
     training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
     return cant_stream(model, reason + training if model.training else reason, limit)
 
@@ -2485,7 +2500,11 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
 
 
 def integer(name: str, value: Any, of: str = "tokens") -> int:
-    """The number that `value` is, in whatever type of integers; TypeError if it is none."""
+    """`value`, an integer of any type, as an int.
+
+    Raises:
+        TypeError: it is none. The error names the argument, and says what it is a number `of`.
+    """
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
             raise TypeError
@@ -2495,7 +2514,12 @@ def integer(name: str, value: Any, of: str = "tokens") -> int:
 
 
 def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
-    """The window of these arguments of `SinkCache`."""
+    """The window of these arguments of `SinkCache`.
+
+    Raises:
+        TypeError: one is no int.
+        ValueError: one is out of range.
+    """
     window_length = integer("window_length", window_length)
     num_sink_tokens = integer("num_sink_tokens", num_sink_tokens)
     if window_length < 1:
@@ -2509,7 +2533,7 @@ def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
 
 
 def checked_number_kept(kept_conversations: Any) -> int:
-    """The number that this argument of `generate` is."""
+    """This argument of `generate` as an int; TypeError or ValueError unless it is one of at least 0."""
     number = integer("kept_conversations", kept_conversations, of="conversations")
     if number < 0:
         raise ValueError(f"`kept_conversations` must be at least 0, got {number}.")
@@ -2527,7 +2551,7 @@ def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -
 
 
 def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """What a call asks for of the cache, by an argument or a configuration; None if that is what the model's files say.
+    """What a call asks of the cache, by an argument or a `generation_config`; None if the model's files say the same.
 
     Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
     """
@@ -2548,9 +2572,13 @@ def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]
 
 
 def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
-    """`[rows]`, the columns of left padding in `attention_mask` (`[batch, columns]`).
+    """How many columns of left padding `attention_mask` (`[batch, columns]`) has: `[rows]`.
 
-    Not `given`, it is what transformers made of the pad tokens in the prompt.
+    Args:
+        given: whether the user gave it. If not, transformers made it of the pad tokens in the prompt.
+
+    Raises:
+        ValueError: it has padding elsewhere.
     """
     if attention_mask is None:
         return [0]
@@ -2576,13 +2604,14 @@ def prompt_ids(kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
 
 
 def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """The columns of the conversation that a call of `generate` goes on from, and how many of them are not passed.
+    """How many columns the conversation has with this call's prompt, and how many of them are not passed.
 
     Returns:
-        The columns; how many of them `input_ids` leave out; and how many both `input_ids` and `inputs_embeds` do.
+        The columns, at the most of ids, embeddings and mask; how many of them `input_ids` leave out; and how many both
+        `input_ids` and `inputs_embeds` leave out.
 
     Raises:
-        ValueError: there is a prompt without a token.
+        ValueError: the prompt has no token.
     """
     names = ("inputs", "input_ids", "inputs_embeds")
     given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
@@ -2616,7 +2645,7 @@ def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
-    """The model's inputs for some of their columns only."""
+    """A copy of the model's inputs that has only some of their columns. Masks stay whole."""
     sliced = dict(inputs)
     for name, dim in PER_COLUMN_INPUTS.items():
         if isinstance(sliced.get(name), torch.Tensor):
@@ -2625,13 +2654,13 @@ def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
 
 
 def cut_at(chunks: list[slice], column: int) -> list[slice]:
-    """The columns of these chunks in chunks of which one ends before `column`, if it is among them."""
+    """The same columns as these chunks, cut before `column` too if it is among them."""
     ends = sorted({chunk.stop for chunk in chunks} | {min(max(column, 0), chunks[-1].stop)} - {0})
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
 def is_text(inputs: dict[str, Any]) -> bool:
-    """Whether the model's inputs are known by their ids and the mask: no images, and no tokens of another type."""
+    """Whether ids and mask say all of the model's inputs: there are no images, and no tokens of another type."""
     for name, value in inputs.items():
         if value is None or name in KNOWN_BY_IDS:
             continue
@@ -2647,13 +2676,13 @@ def media_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Whether a value is a tensor with numbers in it, a list of some, or a dict with whatever in it."""
+    """Whether a value is a tensor with numbers in it, a list with such a tensor, or a dict that is not empty."""
     if isinstance(value, torch.Tensor):
         return value.numel() > 0
     return len(value) > 0 if isinstance(value, dict) else isinstance(value, list) and any(map(_holds_numbers, value))
 
 
-# What a configuration calls the tokens that stand for an image or the like.
+# The settings that name the tokens which stand for an image or the like.
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 PLACEHOLDERS += ("audio_token_id", "audio_token_index")
 
@@ -2679,11 +2708,11 @@ def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
 
 
 def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
-    """The model of transformers that the argument `name` is, or that `torch.compile` or peft put their wrapper around.
+    """The model of transformers in the argument `name`, without a wrapper of `torch.compile` or peft.
 
     Raises:
-        TypeError: there is none, or none that generates.
-        ValueError: peft would put learned tokens or keys before the prompt.
+        TypeError: there is none, or it does not generate.
+        ValueError: an adapter of peft can't be streamed.
     """
     inner = getattr(model, "_orig_mod", model)
     if callable(getattr(inner, "get_base_model", None)):
@@ -2739,7 +2768,7 @@ def _looks_further(config: Any) -> Optional[str]:
 
 
 def refuse_model(model: PreTrainedModel, window: Window) -> None:
-    """Raise for a model, or a window on a model, that can't be streamed."""
+    """Raise ValueError for a model that can't be streamed, or not in a window of this length."""
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
@@ -2813,9 +2842,12 @@ def _refuse_layers(model: PreTrainedModel) -> None:
 
 
 def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
-    """Raise if the model's `generation_config.json` names what is `missing` of our arguments, and transformers lost it.
+    """Raise ValueError if the model's `generation_config.json` has one of the `missing` arguments, and it was dropped.
 
-    It drops what it doesn't know where a file has `"_from_model_config": true`, as it once wrote it by itself.
+    transformers drops what it doesn't know from a file with `"_from_model_config": true`. It once wrote that by itself.
+
+    Args:
+        missing: the names of our arguments that were not given.
     """
     if not missing or not getattr(model.generation_config, "_from_model_config", False) or not model.name_or_path:
         return
@@ -2889,11 +2921,12 @@ def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 def refuse_assistance(
     model: PreTrainedModel, window: Window, layers: list, ordered: bool, kwargs: dict[str, Any], name: str
 ) -> None:
-    """Raise where the drafts that `name` asks for can't be checked, or taken back, as exactly as one token at a time.
+    """Raise ValueError if the drafts that `name` asks for can't be checked, or taken back, as exactly as single tokens.
 
     Args:
-        layers: those that a cache has for the model.
-        ordered: of its traits.
+        layers: those of a cache for the model.
+        ordered: see `ModelTraits`.
+        name: the argument, by `assisted_by`.
     """
     if name == "use_mtp" or resolve_setting(model, kwargs, "speculation_type") == "dflash":
         raise ValueError(
@@ -2940,7 +2973,15 @@ def refuse_assistance(
 
 
 def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless the `cache` that was passed is a `SinkCache`, and with the window that was named."""
+    """Raise unless the `cache` that was passed is a `SinkCache` with the window that was passed.
+
+    Args:
+        window: `window_length` and `num_sink_tokens` by name, None where one was not passed.
+
+    Raises:
+        TypeError: it is no `SinkCache`.
+        ValueError: it was made with another window.
+    """
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
     if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(cache).__mro__):
         raise TypeError(
@@ -2959,7 +3000,11 @@ def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
 
 
 def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
-    """Raise unless the arguments of `generate` go on from column `end` of the `seen` ones, with one that is new."""
+    """Raise ValueError unless the arguments of `generate` go on from column `end`, and have at least one new column.
+
+    Args:
+        seen: how many columns the cache has seen.
+    """
     columns, _, start = prompt_columns(kwargs)
     if 0 < columns <= end:
         raise ValueError(
@@ -2976,12 +3021,12 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
 
 
 def refuse_media(model: PreTrainedModel, inputs: dict[str, Any], given: list[str], chunks: list[slice]) -> None:
-    """Raise if a prompt has images or the like that can't be streamed.
+    """Raise ValueError if a prompt has images or the like that can't be streamed.
 
     Args:
         inputs: the model's.
-        given: the names of the images or the like that it was to make its inputs of.
-        chunks: in which the prompt goes in.
+        given: the arguments of `generate` that hold images or the like.
+        chunks: those in which the prompt goes in.
     """
     media = list(media_inputs(inputs))
     dropped = [name for name in given if name not in media]
