@@ -3125,11 +3125,11 @@ class Transcript:
         for known_from, ids in self.parts:
             start, stop = max(first, known_from), min(end, seen, known_from + ids.shape[1])
             if start < stop:
-                same = ids[:, start - known_from : stop - known_from].to(input_ids.device)
-                differ = input_ids[:, start - first : stop - first] != same
-                others = (differ & is_token(start, stop, pads, input_ids.device)).any(dim=0).nonzero()
-                if len(others) > 0:
-                    return start + int(others[0])
+                latest = ids[:, start - known_from : stop - known_from].to(input_ids.device)
+                tokens = is_token(start, stop, pads, input_ids.device)
+                same = first_difference(input_ids[:, start - first : stop - first] * tokens, latest * tokens)
+                if start + same < stop:
+                    return start + same
         return min(seen, end)
 
     def up_to(self, end: int) -> "Transcript":
@@ -3177,6 +3177,12 @@ class Transcript:
 
         digest = None if self.digest is None else rows(self.digest)
         return Transcript(self.digested, digest, tuple((start, rows(ids)) for start, ids in self.parts))
+
+
+def first_difference(ids: torch.Tensor, others: torch.Tensor) -> int:
+    """The first column in which two batches of ids differ, `[batch, columns]` both; the number of columns if none."""
+    differing = (ids != others).any(dim=0).nonzero()
+    return int(differing[0]) if len(differing) > 0 else ids.shape[1]
 
 
 def is_token(start: int, stop: int, pads: list[int], device: torch.device) -> torch.Tensor:
@@ -4054,15 +4060,12 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         ring.place_sinks([0])
     stream.trim_transcript()
     transcript = stream.transcript
-    tensors = {"fingerprint": stream.traits.fingerprint}
-    for layer_idx, rotation in enumerate(stream.traits.rotations):
-        if rotation is not None:
-            tensors[f"frequencies.{layer_idx}"] = rotation.frequencies.clone()
-    of_transcript = {"latest_ids": transcript.ids, "digest": transcript.digest}
-    tensors |= {name: tensor for name, tensor in of_transcript.items() if tensor is not None}
+    tensors = {"fingerprint": stream.traits.fingerprint, "latest_ids": transcript.ids, "digest": transcript.digest}
+    # Layers may share their frequencies, but safetensors takes no tensors that share memory.
+    tensors |= {name: each.frequencies.clone() for name, each in _rotations_by_name(stream.traits).items()}
     for layer_idx, layer in enumerate(stream.layers):
         tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer.tensors().items()}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
             raise ValueError(f"The `SinkCache` can't be saved: its {name!r} holds numbers that are not finite.")
@@ -4088,12 +4091,15 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
     parts = () if ids is None else ((state["latest_end"] - ids.shape[1], ids),)
     stream.transcript = Transcript(state.get("digested", 0), tensors.get("digest"), parts)
     for layer_idx, layer in enumerate(stream.layers):
-        held = {}
-        for name, tensor in tensors.items():
-            part, _, number = name.rpartition(".")
-            if number == str(layer_idx):
-                held[part] = tensor.to(device)
-        layer.restore(held, state["seen"], state["offsets"])
+        suffix = f".{layer_idx}"
+        own = {name: tensor.to(device) for name, tensor in tensors.items() if name.endswith(suffix)}
+        own = {name.removesuffix(suffix): tensor for name, tensor in own.items()}
+        layer.restore(own, state["seen"], state["offsets"])
+
+
+def _rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
+    """The rotations of the layers that have one, by the names that their frequencies have in a file."""
+    return {f"frequencies.{layer_idx}": each for layer_idx, each in enumerate(traits.rotations) if each is not None}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -4197,11 +4203,10 @@ def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
 
 def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fingerprint: torch.Tensor) -> None:
     """Raise unless the `tensors` of a file come from a model with these traits and this fingerprint."""
-    frequencies = {name: tensor for name, tensor in tensors.items() if name.startswith("frequencies.")}
-    rotations = {f"frequencies.{number}": each for number, each in enumerate(traits.rotations) if each is not None}
-    held = [replace(each, frequencies=frequencies.get(name, each.frequencies)) for name, each in rotations.items()]
-    same = not frequencies.keys() - rotations.keys() and rotate_alike(held, list(rotations.values()))
-    if not same or not are_alike(fingerprint, tensors["fingerprint"]):
+    rotations = _rotations_by_name(traits)
+    held = [replace(each, frequencies=tensors.get(name, each.frequencies)) for name, each in rotations.items()]
+    same = rotate_alike(held, list(rotations.values())) and are_alike(fingerprint, tensors["fingerprint"])
+    if not same or any(name.startswith("frequencies.") and name not in rotations for name in tensors):
         raise ValueError(OTHER_MODEL)
 
 
@@ -4249,74 +4254,79 @@ def some_numbers(model: PreTrainedModel) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """A conversation as it was after its latest prompt, and after the answer.
+    """A conversation that is kept.
 
     Args:
-        ids: int32 `[batch, columns]` on the CPU, all that were seen: 4 bytes for each.
-        basis: what it rests on: see the function of that name.
-        places: its streams as they were there, the latest last. They never change, since calls go on in copies.
+        ids: of all columns seen, int32 `[batch, columns]` on the CPU.
+        basis: what its keys and values depend on; see the function of that name.
+        snapshots: its stream after the latest prompt and after the answer, in this order, or one of these. They never
+            change, because calls go on in copies of them.
     """
 
     ids: torch.Tensor
     basis: tuple
-    places: list[Stream]
+    snapshots: list[Stream]
 
     def common_length(self, ids: torch.Tensor) -> int:
-        """How many of the first columns of `ids`, int32 `[batch, length]`, are those of this conversation."""
+        """How many of the first columns of `ids`, int32 `[batch, length]`, are the same in this conversation."""
         length = min(ids.shape[1], self.ids.shape[1])
-        others = (ids[:, :length] != self.ids[:, :length]).any(dim=0).nonzero()
-        return int(others[0]) if len(others) > 0 else length
+        return first_difference(ids[:, :length], self.ids[:, :length])
 
     def nearest(self, ids: torch.Tensor, pads: list[int], most: int) -> tuple[int, Optional[Stream]]:
-        """Where `ids` can go on with least to read: after which column, at most `most`, and in a copy of which place.
+        """The snapshot in which `ids` can go on with the fewest columns to read, and the column from which they do.
 
         Args:
             ids: int32 `[batch, length]`.
-            pads: `[rows]`, the columns of left padding.
+            pads: `[rows]`, their columns of left padding.
+            most: the column from which they must be read at the latest.
+
+        Returns:
+            The column and the snapshot; 0 and None if there is none.
         """
         if len(ids) != len(self.ids):
             return 0, None
-        common = min(self.common_length(ids), most)
-        ends = [(min(common, place.seen), place) for place in self.places if place.pads in (pads, pads * len(ids))]
-        possible = [(end, place) for end, place in ends if end == place.seen or place.can_end_at(end)]
+        common, pads = min(self.common_length(ids), most), (pads, pads * len(ids))
+        ends = [(min(common, stream.seen), stream) for stream in self.snapshots if stream.pads in pads]
+        possible = [(end, stream) for end, stream in ends if end == stream.seen or stream.can_end_at(end)]
         return max(possible, key=lambda found: found[0], default=(0, None))
 
 
 class KeptConversations:
-    """The conversations kept on one model, the one that was used longest ago first."""
+    """The conversations kept on one model, the least recently used first."""
 
     def __init__(self):
         self.conversations: list[Conversation] = []
         self._changing = threading.Lock()
 
     def put(self, conversation: Conversation, before: Optional[Conversation], number: int) -> None:
-        """Keep a conversation, and `number` in all.
+        """Add a conversation.
 
         Args:
-            before: the one that it began in, if any. It goes if all of its prompt is in this one. Else it may be
-                another that begins alike, and stays as long as there is room.
+            before: the one kept in which the call went on, if any. If the new one has all of its prompt, it takes its
+                place. Else the two may only begin alike, and the old one stays as long as there is room.
+            number: how many are kept at most.
         """
         with self._changing:
             kept = [other for other in self.conversations if other is not before]
-            if len(kept) < len(self.conversations) and conversation.common_length(before.ids) < before.places[0].seen:
+            if before in self.conversations and conversation.common_length(before.ids) < before.snapshots[0].seen:
                 kept = [before, *kept]
             self.conversations = [*kept, conversation][-number:]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that their tensors take."""
+        """Bytes of memory that their tensors take. Two conversations may share a snapshot, which counts once."""
         tensors = [conversation.ids for conversation in self.conversations]
-        places = {id(place): place for conversation in self.conversations for place in conversation.places}
-        tensors += [tensor for place in places.values() for tensor in place.tensors()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        streams = {id(stream): stream for conversation in self.conversations for stream in conversation.snapshots}
+        tensors += [tensor for stream in streams.values() for tensor in stream.tensors()]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 def all_kept() -> "weakref.WeakKeyDictionary[PreTrainedModel, dict[type, KeptConversations]]":
-    """What is kept on each model, by the class of what keeps it. None outlives its model.
+    """For each model, what every copy of this file keeps on it, by the copy's `KeptConversations`.
 
-    This file may be loaded several times in a process, from the Hub and as an installed package. Each is a module with
-    classes of its own, maybe of another version, and goes on in its own conversations only. All of them are found here,
-    so that any can count and forget them: of what another keeps it asks `nbytes` alone.
+    This file may be loaded several times in a process, from the Hub and as an installed package. Each copy is a module
+    with classes of its own, maybe of another version, and goes on in its own conversations only. Any copy can count and
+    forget those of all. It knows nothing of another's conversations but their `nbytes`. None outlives its model.
     """
     name = "_sink_cache_kept_conversations"
     module = sys.modules.setdefault(name, types.ModuleType(name))
@@ -4324,51 +4334,59 @@ def all_kept() -> "weakref.WeakKeyDictionary[PreTrainedModel, dict[type, KeptCon
 
 
 class Keeper:
-    """What one call of `generate` takes from the conversations kept on its model, and what it leaves there.
+    """Finds the kept conversation that a call of `generate` goes on in, and keeps the call's own.
 
-    Clients send the whole conversation each time, and may send answers back changed: thoughts are left out, and text
-    becomes other tokens. So a conversation is kept at two places, after the prompt and after the answer.
+    Clients send the whole conversation each time. They may send answers back changed: thoughts are left out, and text
+    becomes other tokens. So a conversation has two snapshots, after the prompt and after the answer.
 
     Args:
         model: what generates.
         number: how many conversations are kept at most.
         on_cpu: whether they are kept in the memory of the CPU.
+
+    Attributes:
+        kept: the conversations kept on the model.
+        basis: of this call.
+        snapshots: those that its conversation will have.
+        before: the conversation that it goes on in, or kept last.
     """
 
     def __init__(self, model: PreTrainedModel, number: int, on_cpu: bool):
         self.model, self.number, self.on_cpu = model, number, on_cpu
         self.kept = all_kept().setdefault(model, {}).setdefault(KeptConversations, KeptConversations())
         self.basis: tuple = ()
-        self.places: list[Stream] = []
+        self.snapshots: list[Stream] = []
         self.before: Optional[Conversation] = None
 
     def resume(self, stream: Stream, ids: torch.Tensor, pads: list[int], most: int) -> Stream:
-        """A stream that has seen the first columns of a prompt, at most `most`; the new `stream` if none was kept.
+        """A stream that has seen as many of the first columns of a prompt as one that is kept.
 
         Args:
-            ids: int64 `[batch, columns]`, the prompt.
+            stream: a new stream, which is returned if no kept one begins like the prompt.
+            ids: the prompt, int64 `[batch, columns]`.
             pads: `[rows]`, its columns of left padding.
+            most: how many columns the stream may have seen at most.
         """
         self.basis, ids = basis(self.model, stream), ids.to("cpu", torch.int32)
         alike = [other for other in self.kept.conversations if other.basis == self.basis]
         found = [(*conversation.nearest(ids, pads, most), conversation) for conversation in alike]
-        end, place, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
-        if place is None:
+        end, snapshot, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
+        if snapshot is None:
             return stream
         self.before = conversation
-        if end == place.seen:
-            self.places = [place]
-        resumed = place.copied()
+        if end == snapshot.seen:
+            self.snapshots = [snapshot]
+        resumed = snapshot.copied()
         if end < resumed.seen:
             resumed.take_back(end)
         resumed.record_past = stream.record_past
         return resumed
 
     def keep(self, stream: Stream, ids: torch.Tensor) -> None:
-        """Keep a `stream` as it is now, which has seen these columns: `[batch, columns seen]`."""
-        if not self.places or self.places[-1].seen < stream.seen:
-            self.places = [*self.places, stream.copied(self.on_cpu)][-2:]
-        conversation = Conversation(ids.to("cpu", torch.int32, copy=True), self.basis, self.places)
+        """Keep `stream` as it is now. `ids` are all that it has seen, int64 `[batch, columns]`."""
+        if not self.snapshots or self.snapshots[-1].seen < stream.seen:
+            self.snapshots = [*self.snapshots, stream.copied(self.on_cpu)][-2:]
+        conversation = Conversation(ids.to("cpu", torch.int32, copy=True), self.basis, self.snapshots)
         self.kept.put(conversation, self.before, self.number)
         self.before = conversation
 
@@ -4386,13 +4404,6 @@ class _ModelReference(weakref.ref):
 
     def __reduce__(self) -> tuple:
         return type(None), ()
-
-
-class Use:
-    """The use of a cache by one call of `generate`, in the thread that makes it."""
-
-    def __init__(self):
-        self.thread = threading.get_ident()
 
 
 _claiming = threading.Lock()  # held while a call takes a cache into use
@@ -4444,7 +4455,7 @@ class SinkCache(Cache):
         self.held = UnboundLayers(window)  # 4.54 and 4.55 begin with a layer of their own, in this
         init_cache(self)
         self._model: Optional[_ModelReference] = None
-        self._use: Optional[Use] = None
+        self._used_by: Optional[int] = None  # the thread in which a call of `generate` has it in use
         self._hold(UnboundLayers(window))
 
     def _hold(self, held: Union[Stream, UnboundLayers]) -> None:
@@ -4556,7 +4567,7 @@ class SinkCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the cache's tensors take."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.held.tensors())
+        return sum(tensor.nbytes for tensor in self.held.tensors())
 
     def update(
         self,
@@ -4700,8 +4711,8 @@ class SinkCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        rows = torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu")
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+        indices = torch.arange(max(self.batch_size, 0), dtype=torch.long, device="cpu")
+        self.batch_select_indices(indices.repeat_interleave(repeats))
 
     def crop(self, tokens: Optional[int] = None, **named: int) -> None:
         """Take back the latest tokens: as far as nothing was evicted, and past that those of the last update.
@@ -4719,10 +4730,10 @@ class SinkCache(Cache):
                 or has layers that can't take tokens back. Nothing is lost then.
         """
         self._refuse_other_thread()
+        if tokens is not None and not named:
+            tokens, named = None, {CROP_ARGUMENT: tokens}
         if tokens is not None or len(named) != 1 or not named.keys() <= {"tokens_to_remove", "max_length"}:
-            if tokens is None or named:
-                raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
-            named = {CROP_ARGUMENT: tokens}
+            raise TypeError(f"`crop` takes one int, `{CROP_ARGUMENT}`, got {tokens!r} and {named}.")
         ((name, tokens),) = named.items()
         tokens = integer(name, tokens)  # assisted decoding of some releases counts in a tensor
         if not self.is_bound or not self.held.can_take_back:
@@ -4833,29 +4844,29 @@ class SinkCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_other_thread()  # of whose work a copy would have half a step
-        return vars(self) | {"_use": None}
+        return vars(self) | {"_used_by": None}
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the cache for the block, which is one call of `generate`; raise if another call has it."""
-        use = Use()
+        thread, is_free = threading.get_ident(), False
         try:
             with _claiming:
-                if self._use is None:
-                    self._use = use
-            if self._use is not use:
+                is_free = self._used_by is None
+                if is_free:
+                    self._used_by = thread
+            if not is_free:
                 self._refuse_use()
             yield
         finally:
-            if self._use is use:
-                self._use = None
+            if is_free and self._used_by == thread:
+                self._used_by = None
 
     def _refuse_other_thread(self) -> None:
         """Raise if a call of `generate` in another thread has this cache in use."""
         if torch.compiler.is_compiling():  # in the call's own thread, and compiled code can't ask for it
             return
-        use = self._use
-        if use is not None and use.thread != threading.get_ident():
+        if self._used_by not in (None, threading.get_ident()):
             self._refuse_use()
 
     def _refuse_use(self) -> None:
@@ -5425,26 +5436,26 @@ def generate(
         ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
             generation, and leave what was passed as it was.
     """
-    keeping = {
-        "kept_conversations": kept_conversations,
-        "offload_kept_conversations": offload_kept_conversations,
-    }
-    own = dict(zip(OWN_ARGUMENTS, (model, window_length, num_sink_tokens, prefill_progress)))
+    window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    keeping = {"kept_conversations": kept_conversations, "offload_kept_conversations": offload_kept_conversations}
     if args:
-        return generate(**_by_name(args, own | keeping | kwargs))
+        own = {"model": model, "prefill_progress": prefill_progress} | window | keeping
+        return generate(**_by_name(args, own | kwargs))
     with adapters_of_rows(model):
-        return _generate_by_name(keeping=keeping, kwargs=kwargs, **own)
+        return _generate_by_name(model, prefill_progress, window, keeping, kwargs)
 
 
 def _generate_by_name(
-    model: Any,
-    window_length: Optional[int],
-    num_sink_tokens: Optional[int],
-    prefill_progress: bool,
-    keeping: dict[str, Any],
-    kwargs: dict[str, Any],
+    model: Any, progress: bool, window: dict[str, Any], keeping: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
-    """`generate` with its arguments about conversations that are kept in `keeping`, and the loop's in `kwargs`."""
+    """`generate` without arguments by position.
+
+    Args:
+        model, progress: of these arguments.
+        window: those about the window, as they were given.
+        keeping: those about conversations that are kept.
+        kwargs: those of the model's own `generate`.
+    """
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(CACHE, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:
@@ -5453,14 +5464,13 @@ def _generate_by_name(
     model = unwrapped(model)
     loop = _generate_behind(model)
     part = _part_that_generates(model, loop)
+    given = window | keeping | kwargs
+    settings = {name: resolve_setting(model, given, name) for name in (*window, *keeping, "prefill_chunk_size")}
     if part is not None:
-        own = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-        settings = keeping | {"prefill_chunk_size": None} | (own if cache is None else {})  # else the cache's own count
-        own |= {name: resolve_setting(model, own | keeping | kwargs, name) for name in settings}
-        kwargs = {name: value for name, value in kwargs.items() if name not in own} | own
-        return _generate_inside(model, part, loop, kwargs | {CACHE: cache, "prefill_progress": prefill_progress})
+        kwargs = given | settings | (window if cache is not None else {})  # a cache that is given has its own
+        return _generate_inside(model, part, loop, kwargs | {CACHE: cache, "prefill_progress": progress})
     refuse_arguments(model, kwargs)
-    chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
+    chunk_size = settings.pop("prefill_chunk_size")
     chunk_size = None if chunk_size is None else operator.index(chunk_size)
     kwargs.pop("prefill_chunk_size", None)
     if kwargs.get("generation_config") is not None:
@@ -5469,32 +5479,29 @@ def _generate_by_name(
     if around is not None and cache is around.cache:
         return loop.__get__(model)(**{CACHE: cache}, **kwargs)
     model = model if around is None else around.cache._bound_model
-    window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
-    keeper = None
-    number, on_cpu = kept = [resolve_setting(model, keeping | kwargs, name) for name in keeping]
+    number, keeper = settings["kept_conversations"], None
     number = checked_number_kept(0 if number is None else number)
     if cache is None:
-        settings = {name: resolve_setting(model, window | kwargs, name) for name in window}
-        found = settings | dict(zip(keeping, kept))
-        refuse_dropped_settings(model, [name for name, value in found.items() if value is None])
-        cache = SinkCache(**{name: value for name, value in settings.items() if value is not None})
-        keeper = Keeper(model, number, bool(on_cpu)) if number > 0 else None
+        refuse_dropped_settings(model, [name for name, value in settings.items() if value is None])
+        cache = SinkCache(**{name: settings[name] for name in window if settings[name] is not None})
+        if number > 0:
+            keeper = Keeper(model, number, bool(settings["offload_kept_conversations"]))
     else:
         refuse_cache(cache, window)
     with cache.in_use():
-        return _generate(model, loop, cache, chunk_size, prefill_progress, keeper, kwargs)
+        return _generate(model, loop, cache, kwargs, chunk_size=chunk_size, progress=progress, keeper=keeper)
 
 
-def _generate(
-    model: PreTrainedModel,
-    loop: Callable,
-    cache: SinkCache,
-    chunk_size: Optional[int],
-    prefill_progress: bool,
-    keeper: Optional[Keeper],
-    kwargs: dict[str, Any],
-) -> Any:
-    """`generate` in a cache that is in use by this call alone; `kwargs` are the arguments of `loop`."""
+def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: dict[str, Any], **settings) -> Any:
+    """`generate` in a cache that is in use by this call alone.
+
+    Args:
+        model: the model, without wrappers.
+        loop: the `generate` that the stream goes on in, not bound to the model.
+        cache: a `SinkCache`, bound or not.
+        kwargs: what `loop` takes.
+        settings: of the `StreamedCall`.
+    """
     if cache.is_bound:
         cache.held.settle()
     if loop.__module__.startswith("transformers.generation"):  # else nobody knows yet what it will be given
@@ -5513,7 +5520,7 @@ def _generate(
     call_class = SyncedCall if is_synced(model, kwargs.get("synced_gpus")) else StreamedCall
     depth = resolve_setting(model, kwargs, "assistant_early_exit")
     runs_on = with_its_own_depth(model) if depth else model
-    call = call_class(runs_on, cache, chunk_size, prefill_progress, assistance is not None, keeper)
+    call = call_class(runs_on, cache, assisted=assistance is not None, **settings)
     if depth:  # transformers has the model itself draft
         call.stand_in.generate = Drafter(model, window, depth, runs_on).generate
     return call.decode(loop, kwargs)
@@ -5602,8 +5609,6 @@ def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _positional_names(model_class: type) -> list[str]:
     """The arguments that `generate` of the class takes by position; transformers' own if it doesn't name them."""
-    for function in (model_class.generate, transformers.GenerationMixin.generate):
-        parameters = inspect.signature(function).parameters.values()
-        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            break
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+    functions = model_class.generate, transformers.GenerationMixin.generate
+    takes = [inspect.getfullargspec(inspect.unwrap(function)) for function in functions]
+    return next(each.args[1:] for each in takes if each.varargs is None)
