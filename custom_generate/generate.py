@@ -3933,9 +3933,15 @@ def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
 class UnboundLayers:
     """The tokens of an unbound `SinkCache`: what the class of transformers<4.53 did, bit for bit.
 
-    That includes its faults. It moves the window where a stream moves the sinks, at each step and in the keys' own
-    dtype, so they wear out (huggingface/transformers #31581, #33691, #35350). It starts one step early, when the window
-    is just full. And it places keys in the window while `generate` gives the query its place in the whole sequence.
+    That includes its faults (huggingface/transformers #31581, #33691, #35350). A stream rotates the sinks anew; this
+    rotates all other keys at each step, in their own dtype, so that rounding errors add up. It starts one step early,
+    when the window is full and nothing is evicted yet. Keys have positions in the window, but `generate` gives queries
+    their positions in the whole sequence.
+
+    Attributes:
+        keys, values: of each layer, in order of the sequence: `[batch, kv_heads, tokens kept, head_dim]`.
+        seen: how many tokens came.
+        layers: none, which a `Cache` has to have.
     """
 
     def __init__(self, window: Window):
@@ -3951,7 +3957,7 @@ class UnboundLayers:
         return UnboundLayers(self.window)
 
     def seq_length(self, layer_idx: int) -> int:
-        """The tokens stored."""
+        """The number of tokens that a layer stores."""
         return self.keys[layer_idx].shape[-2] if layer_idx < len(self.keys) else 0
 
     def mask_sizes(self, sizes: Union[torch.Tensor, int], layer_idx: int) -> tuple[int, int]:
@@ -4001,7 +4007,10 @@ class UnboundLayers:
         return self.keys[layer_idx], self.values[layer_idx]
 
     def _remember_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Collect cos and sin of the window's first positions, or take over a table of all of them (two dimensions)."""
+        """Collect cos and sin of the window's positions.
+
+        They are `[1, length, rotary_dim]` for new tokens, or `[positions, rotary_dim]`, a table for the whole window.
+        """
         if cos.dim() == 2:
             self._cos, self._sin = cos, sin
         elif self._cos is None:
@@ -4010,7 +4019,7 @@ class UnboundLayers:
             self._cos, self._sin = torch.cat([self._cos, cos[0]]), torch.cat([self._sin, sin[0]])
 
     def _move_back(self, keys: torch.Tensor, length: int, dtype: torch.dtype, cache_kwargs: dict) -> torch.Tensor:
-        """Rotate `keys` back by `length` positions."""
+        """`keys`, `[batch, kv_heads, kept, head_dim]`, rotated back by `length` positions; `dtype` is of the angles."""
         if length not in self._back:
             cos, sin = self._cos[: self.window.length].float(), self._sin[: self.window.length].float()
             here, there = slice(self.window.num_sinks + length, None), slice(self.window.num_sinks, -length)
@@ -4038,10 +4047,15 @@ class UnboundLayers:
 # The file of a conversation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A safetensors file with `keys.0`, `values.0`, ... of the layers, `frequencies.0`, ..., by which their keys rotate, the
-# model's `fingerprint`, and of the transcript the `latest_ids` and the `digest`, if there are some. Its metadata has
-# one entry, `sink_cache`: the state of the stream, a JSON object. Its `checksum` is of all else, so any damage shows in
-# it. Files of version 1 have no digest.
+# It is a safetensors file with these tensors:
+#
+#     keys.0, values.0, ...     of the layers, by the names that the method `tensors` of a layer gives
+#     frequencies.0, ...        by which the keys of the layers rotate
+#     fingerprint               of the model
+#     latest_ids, digest        of the transcript, as far as it has some; files of version 1 have no digest
+#
+# Its metadata has one entry, `sink_cache`: the state of the stream, a JSON object. The `checksum` in it covers the rest
+# of the state and all tensors, so that any damage shows.
 FORMAT_VERSION = 2
 
 OTHER_MODEL = (
@@ -4050,13 +4064,18 @@ OTHER_MODEL = (
 )
 
 
+def _rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
+    """The rotations of the layers that have one, by the names that their frequencies have in a file."""
+    return {f"frequencies.{layer_idx}": each for layer_idx, each in enumerate(traits.rotations) if each is not None}
+
+
 def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The state and the tensors that a file has of `stream`.
+    """What a file holds of `stream`: its state, with the checksum, and its tensors by name.
 
     Raises:
         ValueError: a tensor holds numbers that are not finite.
     """
-    for ring in stream.rings:  # as the model made them, which is all that there is to know
+    for ring in stream.rings:  # the sinks are stored as the model made them
         ring.place_sinks([0])
     stream.trim_transcript()
     transcript = stream.transcript
@@ -4085,7 +4104,13 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 @torch.inference_mode(False)
 def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Make a new `stream` what it was when it was packed to these."""
+    """Give a new `stream` the conversation of a file.
+
+    Args:
+        stream: of the same window, and of a model that fits.
+        state, tensors: what `pack` returned.
+        device: where tensors go first; the layers move them to where they belong.
+    """
     stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]
     ids = tensors.get("latest_ids")
     parts = () if ids is None else ((state["latest_end"] - ids.shape[1], ids),)
@@ -4097,18 +4122,13 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
         layer.restore(own, state["seen"], state["offsets"])
 
 
-def _rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
-    """The rotations of the layers that have one, by the names that their frequencies have in a file."""
-    return {f"frequencies.{layer_idx}": each for layer_idx, each in enumerate(traits.rotations) if each is not None}
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite; `isfinite` would make copies of it."""
+    """Whether all numbers of a tensor are finite. `isfinite` alone would need memory as large as the tensor."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
-    """CRC-32 of a conversation: of its state, but for the checksum, and of its tensors."""
+    """CRC-32 of the tensors of a conversation and of its state, except the checksum in it."""
     fields = {name: value for name, value in state.items() if name != "checksum"}
     checksum = zlib.crc32(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -4118,10 +4138,11 @@ def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
 
 
 def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a name of its own, then put it in the place of the one at `path`, if there is one.
+    """Write a safetensors file beside `path`, then move it there.
 
-    By itself safetensors writes over that file, which a kill would lose. From 0.8 on it replaces the file, but with one
-    of another mode, and a symbolic link too.
+    It takes over the mode of a file that was there, and its owner where that is allowed.
+    safetensors itself writes over the old file, which a kill would lose. From 0.8 on it replaces the file, but changes
+    its mode, and replaces a symbolic link too.
 
     Raises:
         OSError: it can't be written; `path` is as it was.
@@ -4134,10 +4155,10 @@ def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], 
             raise OSError(errno.EINVAL, "it is no file")
         if old is not None and not os.access(target, os.W_OK):
             raise OSError(errno.EACCES, "it is write-protected")
-        with open(written, "xb") as file:  # which has the mode of a new file
+        with open(written, "xb") as file:  # made here to learn the mode of a new file
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode if old is None else old.st_mode)
         try:
-            os.chmod(written, mode)  # before there is something to read
+            os.chmod(written, mode)  # before it holds what others may not read
             safetensors.torch.save_file(tensors, written, metadata)
             with open(written, "rb+") as file:
                 os.fsync(file.fileno())
@@ -4167,7 +4188,7 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
         with safetensors.safe_open(path, "pt") as file:
             if "sink_cache" not in (file.metadata() or {}):
                 raise ValueError("its metadata has no entry `sink_cache`")
-        # All at once, as another `save` may replace the file: safetensors opens it a second time for its tensors.
+        # Read all at once. safetensors opens a file again for its tensors, and `save` may replace it in between.
         with open(path, "rb") as file:
             content = file.read()
         tensors = safetensors.torch.load(content)
@@ -4176,10 +4197,10 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
 
 
 def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The state in a file's metadata, if file and state are as they were written.
+    """The state in the metadata of a file, which is `text`.
 
     Raises:
-        ValueError: they are not, or were written in a newer format.
+        ValueError: the state or the `tensors` are not as they were written, or their format is not known here.
     """
     try:
         state = json.loads(text)
@@ -4202,7 +4223,7 @@ def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
 
 
 def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fingerprint: torch.Tensor) -> None:
-    """Raise unless the `tensors` of a file come from a model with these traits and this fingerprint."""
+    """Raise a ValueError unless the `tensors` of a file come from a model with these traits and this fingerprint."""
     rotations = _rotations_by_name(traits)
     held = [replace(each, frequencies=tensors.get(name, each.frequencies)) for name, each in rotations.items()]
     same = rotate_alike(held, list(rotations.values())) and are_alike(fingerprint, tensors["fingerprint"])
@@ -4214,16 +4235,16 @@ def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fi
 # Conversations kept between calls of `generate`
 # ---------------------------------------------------------------------------------------------------------------------
 
-# So many tokens a chat template may put before an answer and leave out of it later, as an empty thought.
+# How many tokens a chat template may put before an answer, such as an empty thought, and leave out in later turns.
 ANSWER_PREFIX = 16
 
 
 def basis(model: PreTrainedModel, stream: Stream) -> tuple:
-    """What the keys and values of a `stream` of `model` rest on beside the tokens. Reuse needs it equal.
+    """Everything besides the tokens that the keys and values of a `stream` of `model` depend on. Reuse needs it equal.
 
-    The rotations stand for the model's modules, settings and adapters: they are the same list as long as these are the
-    same, and the stream keeps that list. Hooks may change keys and values; one that changes what it does without being
-    exchanged can't be seen.
+    The list of rotations stands for the model's modules, settings and adapters: it is the same object as long as these
+    stay the same. The stream keeps it alive, so that no other can have its `id`. Hooks count because they may change
+    keys and values. A hook that begins to do something else without being exchanged isn't noticed.
     """
     device = input_device(model).type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -4236,11 +4257,11 @@ def basis(model: PreTrainedModel, stream: Stream) -> tuple:
 
 @torch.no_grad()
 def some_numbers(model: PreTrainedModel) -> bytes:
-    """16 numbers of each weight and buffer, which tell of those that were changed behind torch's back (`.data`)."""
+    """The bytes of 16 numbers of each weight and buffer. They show most changes that torch does not count (`.data`)."""
     numbers: dict[tuple, list[torch.Tensor]] = {}
     tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
     for tensor in itertools.chain.from_iterable(tensors):
-        # Left out are those that accelerate keeps elsewhere until they are needed, and those that are no plain tensors.
+        # Left out: what accelerate keeps elsewhere until it is needed ("meta"), and what is no plain tensor.
         if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
             continue
         count = min(tensor.numel(), 16)
@@ -4397,7 +4418,7 @@ class Keeper:
 
 
 class _ModelReference(weakref.ref):
-    """Does not keep its model alive, and stays behind when the cache goes to another process."""
+    """A reference that does not keep its model alive. A copy of the cache shares it, and a pickle has None instead."""
 
     def __deepcopy__(self, memo: dict) -> "_ModelReference":
         return self
@@ -4412,24 +4433,27 @@ _claiming = threading.Lock()  # held while a call takes a cache into use
 class SinkCache(Cache):
     """A cache that keeps the first tokens of a sequence and a window of its latest ones (arXiv:2309.17453).
 
-    *Bound* to a model (`cache.bind(model)`, which `generate` does), it streams: token `t` attends to the first
-    `num_sink_tokens` tokens and to the last `window_length - num_sink_tokens`, itself included, with the sinks directly
-    before the oldest of these. `get_seq_length()` is the number of tokens seen. That holds for layers with full
-    attention. Those that slide, attend by chunks or keep a state have the cache that transformers gives them. A
-    model that knows the order of tokens by the columns of its cache (ALiBi, arXiv:2108.12409) gets what is kept in
-    order; while it is at work on prepared inputs, `get_seq_length()` is how many tokens that are.
+    *Bound* to a model, it streams. `generate` below binds it, or you do: `cache.bind(model)`. Token `t` attends to the
+    first `num_sink_tokens` tokens, the sinks, and to the last `window_length - num_sink_tokens`, itself included. The
+    sinks have the positions directly before the oldest of these. `get_seq_length()` is the number of tokens seen.
 
-    *Unbound*, it is the class that transformers had until 4.52, bit for bit, for code that passes `sin` and `cos` to
-    `update` itself: kept keys move back at every step, in their own dtype, and `get_seq_length()` is the number of
-    tokens stored. Without `sin` and `cos`, it refuses to evict.
+    That holds for layers with full attention. Layers that slide, attend by chunks or keep a state have the cache that
+    transformers gives them. A model that knows the order of tokens by the columns of its cache (ALiBi,
+    arXiv:2108.12409) gets what is kept in the order of the sequence. While it works on prepared inputs,
+    `get_seq_length()` is how many tokens that are.
 
-    All of that holds in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`. In
-    calls without either (`model(input_ids, past_key_values=cache)`, or a plain `model.generate(past_key_values=cache)`)
-    the cache sees neither mask nor positions. They are served for one row, not padded, up to the length that the model
-    was trained on. Refused are a batch that must evict, several tokens at once that evict, steps past that length,
-    going on with rows that were padded or shifted back, and any eviction from a cache whose columns the model goes by.
-    What the cache can't see there, and is wrong: one row that is padded, and `position_ids` other than the model's own,
-    as those that it keeps of another conversation with images (`rope_deltas`).
+    *Unbound*, it is the class that transformers had until 4.52, bit for bit. This is for code that passes `sin` and
+    `cos` to `update` itself. The keys that are kept are rotated back at every step, in their own dtype, and
+    `get_seq_length()` is the number of tokens stored. Without `sin` and `cos`, it refuses to evict.
+
+    A bound cache is exact in `generate` below, and in a loop of your own that calls
+    `model(**cache.prepare_inputs(...))`. In other calls (`model(input_ids, past_key_values=cache)`, or a plain
+    `model.generate(past_key_values=cache)`) it sees neither mask nor positions. These calls are served for one row
+    without padding, up to the length that the model was trained on. Refused are a batch that must evict, several tokens
+    at once that evict, steps past that length, going on with rows that were padded or whose positions were lowered, and
+    any eviction from a cache whose columns the model goes by. Two things go unnoticed in such calls, and give wrong
+    tokens: padding of a single row, and `position_ids` that are not the model's own. A model may make such positions
+    itself, where it keeps `rope_deltas` of another conversation with images.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
@@ -4440,26 +4464,26 @@ class SinkCache(Cache):
 
     Attributes:
         layers (`list`): the layers of a bound cache.
-        key_cache, value_cache (`list[torch.Tensor]`): a tensor a layer, `[batch, kv_heads, tokens kept, head_dim]`; in
-            order of the sequence if unbound, and by slots if bound.
+        key_cache, value_cache (`list[torch.Tensor]`): one tensor for each layer, `[batch, kv_heads, tokens kept,
+            head_dim]`. They are in the order of the sequence if the cache is unbound, and by slots if it is bound.
 
     Raises:
         TypeError: an argument is no integer.
         ValueError: not `0 <= num_sink_tokens < window_length`.
     """
 
-    is_compileable = False  # but in `generate`, which prepares each step: see `StreamedCall`
+    is_compileable = False  # except in `generate`, which prepares each step: see `StreamedCall`
 
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
         window = checked_window(window_length, num_sink_tokens)
-        self.held = UnboundLayers(window)  # 4.54 and 4.55 begin with a layer of their own, in this
+        self.held = UnboundLayers(window)  # for `init_cache`: transformers 4.54 and 4.55 add a layer to it
         init_cache(self)
         self._model: Optional[_ModelReference] = None
         self._used_by: Optional[int] = None  # the thread in which a call of `generate` has it in use
         self._hold(UnboundLayers(window))
 
     def _hold(self, held: Union[Stream, UnboundLayers]) -> None:
-        """Keep tokens in `held` from now on: a stream if the cache is bound."""
+        """Keep tokens in `held` from now on, which is a stream if the cache is bound."""
         self.held = held
 
     @property
@@ -4469,27 +4493,31 @@ class SinkCache(Cache):
 
     @layers.setter
     def layers(self, layers: list) -> None:
-        pass  # of `Cache.__init__`, which knows none yet
+        pass  # set by `Cache.__init__`, when there are none yet
 
     def reset(self) -> None:
-        """Forget all tokens; a bound cache stays bound."""
+        """Forget all tokens. A bound cache stays bound.
+
+        Raises:
+            ValueError: a call of `generate` in another thread uses the cache. All methods that change it raise this.
+        """
         self._refuse_other_thread()
         self._hold(self.held.renewed())
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
-        """Read off `model` how its layers rotate their keys, or whether they go by columns, and stream from now on.
+        """Learn how the layers of `model` rotate their keys, or that they go by columns, and stream from now on.
 
         Args:
-            model: a decoder-only model with relative positions, or ALiBi. It is run on a few tokens, once as long as it
-                stays as it is, and nothing is changed on it; the cache does not keep it alive.
+            model: a decoder-only model with relative positions, or ALiBi. It is run on a few tokens the first time, and
+                again once it was changed. Nothing is changed on it, and the cache does not keep it alive.
 
         Returns:
             This cache.
 
         Raises:
-            ValueError: the cache is bound to another model, one whose keys and values are others; it holds tokens that
-                it took in unbound, or whose keys `model` has since come to rotate otherwise; or `model` can't be
-                streamed.
+            TypeError: `model` is no model of transformers that generates.
+            ValueError: `model` can't be streamed. Or the cache is bound to another model, with other keys and values.
+                Or it holds tokens that it took in unbound, or whose keys `model` would rotate otherwise by now.
         """
         model = unwrapped(model)
         self._refuse_other_thread()
@@ -4548,15 +4576,17 @@ class SinkCache(Cache):
 
     @property
     def is_bound(self) -> bool:
-        """Whether `bind` was called, if only in the process that this conversation comes from."""
+        """Whether `bind` was called. A cache that comes from another process stays bound, though without a model."""
         return isinstance(self.held, Stream)
 
     @property
-    def key_cache(self) -> list[torch.Tensor]:
+    def key_cache(self) -> list[Optional[torch.Tensor]]:
+        """The keys of each layer, `[batch, kv_heads, tokens kept, head_dim]`; None for a layer that has none."""
         return self.held.keys
 
     @property
-    def value_cache(self) -> list[torch.Tensor]:
+    def value_cache(self) -> list[Optional[torch.Tensor]]:
+        """The values of each layer, like `key_cache`."""
         return self.held.values
 
     @property
@@ -4578,32 +4608,32 @@ class SinkCache(Cache):
         *args,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in the keys and values of new tokens; return those that the new tokens attend to.
+        """Take in the keys and values of new tokens, and return those that the new tokens attend to.
 
         Args:
             key_states: `[batch, kv_heads, length, head_dim]`, rotated to their positions by the model.
             value_states: `[batch, kv_heads, length, value_head_dim]`.
-            layer_idx: the layer that they are of.
-            cache_kwargs: for an unbound cache: `sin` and `cos`, `[length, rotary_dim]` of the whole window or
-                `[1, length, rotary_dim]` of the new tokens, and `partial_rotation_size`, how many leading dimensions
-                rotate if not all do.
+            layer_idx: the layer that they belong to.
+            cache_kwargs: for an unbound cache only. `sin` and `cos` are `[window_length, rotary_dim]`, or
+                `[1, length, rotary_dim]` for the new tokens. `partial_rotation_size` is how many leading dimensions
+                rotate, if not all do.
 
         Returns:
-            Keys and values with the tokens attended to in dimension 2.
+            Keys and values, with the tokens attended to in dimension 2.
 
         Raises:
-            ValueError: an unbound cache would have to evict and was given no `sin` and `cos`; or the model of a bound
-                one was called without its `prepare_inputs` where it needs them.
+            ValueError: an unbound cache would have to evict, but was given no `sin` and `cos`. Or the model of a bound
+                one was called without `prepare_inputs` where that is needed.
         """
         self._refuse_other_thread()
         return self.held.update(key_states, value_states, layer_idx, cache_kwargs, *args, **kwargs)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Take in the new keys of a layer's index, by which it chooses tokens; return those to choose among.
+        """Take in the new keys of a layer's index, by which it chooses tokens, and return those to choose from.
 
         Args:
             indexer_key_states: `[batch, length, index_dim]`, rotated to their positions by the model.
-            layer_idx: the layer that they are of. Its `update` follows.
+            layer_idx: the layer that they belong to. Its `update` follows.
 
         Returns:
             `[batch, keys, index_dim]`, in the order of the keys that `update` will return.
@@ -4620,20 +4650,20 @@ class SinkCache(Cache):
         The tokens are text. Images go in through `generate`.
 
         Args:
-            input_ids: the new tokens, int64 `[batch, length]`. However they are cut into calls, the logits are the
-                same. If they evict some, attention sees `length * num_sink_tokens` keys more: pass a long prompt by a
-                few. A model that goes by the columns of its cache takes one at a time, then.
-            attention_mask: `[batch, tokens seen + length]`, 0 for the left padding of a row and 1 for a token, which
-                each row has at least one of. Not needed without padding, or again.
+            input_ids: the new tokens, int64 `[batch, length]`. The logits are the same however tokens are cut into
+                calls. Where new tokens evict others, attention sees `length * num_sink_tokens` more keys, so pass a
+                long prompt in pieces. A model that goes by the columns of its cache then takes one token at a time.
+            attention_mask: `[batch, columns seen + length]`, 0 for the left padding of a row and 1 for a token. Each
+                row has a token at least. Leave it out if there is no padding, or if an earlier call has told of it.
 
         Returns:
-            `input_ids`, `position_ids` (int64 `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length,
-            keys]`) and `past_key_values` (from transformers 5.24 on `cache`), which is this cache: for the next call of
-            the model and for no other. A model that goes by the columns of its cache gets no `position_ids`, and int64
-            `[batch, keys]` for `attention_mask`.
+            The arguments for the next call of the model, and for no other. They are `input_ids`, `position_ids` (int64
+            `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length, keys]`) and this cache, as
+            `past_key_values` or from transformers 5.24 on `cache`. A model that goes by the columns of its cache gets
+            no `position_ids`, and its `attention_mask` is int64 `[batch, keys]`.
 
         Raises:
-            ValueError: the cache is not bound, or the arguments don't fit to what it holds.
+            ValueError: the cache is not bound, or the arguments don't fit what it holds.
         """
         model = self._bound_model
         if model is None:
@@ -4662,14 +4692,17 @@ class SinkCache(Cache):
         return inputs
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        """Tokens seen, padding included, if bound; tokens stored if not. See above for one exception."""
+        """How many columns a bound cache has seen, or how many tokens an unbound one stores.
+
+        It is how many are kept while a model that goes by the columns of its cache works on prepared inputs.
+        """
         return self.held.seq_length(layer_idx)
 
     def get_max_length(self, *args, **kwargs) -> Optional[int]:
         """The most tokens kept: `window_length`.
 
-        A model that brings code of its own is told of no limit, as by transformers' default cache. It would crop the
-        mask to it, and count positions in what is left.
+        A model that brings code of its own is told that there is no limit, as by transformers' default cache. Such code
+        would crop the mask to a limit, and count positions in what is left.
         """
         return NO_LIMIT if self.is_bound and self.held.traits.brings_code else self.window_length
 
@@ -4677,11 +4710,11 @@ class SinkCache(Cache):
 
     @property
     def seen_tokens(self) -> int:
-        """How many tokens came, padding included, those among them that were evicted too. Some code of models asks."""
+        """How many columns came in, those that were evicted included. The code of some models asks for it."""
         return self.held.seen
 
     def get_usable_length(self, new_seq_length: int, layer_idx: int = 0) -> int:
-        """How many keys `update` will return beside so many new ones. Some code of models asks for it."""
+        """How many keys `update` will return beside those of new tokens. The code of some models asks for it."""
         return self.get_mask_sizes(new_seq_length, layer_idx)[0] - new_seq_length
 
     def get_mask_sizes(
@@ -4693,9 +4726,9 @@ class SinkCache(Cache):
         """The number of keys that `update` will return, and the column that the first of them counts as.
 
         Args:
-            query_length: how many tokens are new; or their columns, which is what transformers passes until 5.3.
+            query_length: how many tokens are new. Until 5.3, transformers passes their columns, int64 `[length]`.
             layer_idx: the layer that is asked about.
-            cache_position: these columns by their older name.
+            cache_position: these columns, by the name that they have in older releases.
         """
         self._refuse_other_thread()
         return self.held.mask_sizes(query_length if cache_position is None else cache_position, layer_idx)
@@ -4715,19 +4748,21 @@ class SinkCache(Cache):
         self.batch_select_indices(indices.repeat_interleave(repeats))
 
     def crop(self, tokens: Optional[int] = None, **named: int) -> None:
-        """Take back the latest tokens: as far as nothing was evicted, and past that those of the last update.
+        """Take back the latest tokens.
 
-        After `activate_past_recording`, all tokens since the last `crop` can be taken back.
+        Until the first eviction, any number can be taken back. After it, those of the last update can, or with
+        `activate_past_recording` all since the last `crop`.
 
         Args:
-            tokens: in the convention of the release. If negative, how many columns (tokens, padding included) to
-                forget. If positive, how many to keep. 0 is nothing to forget where transformers calls the argument
+            tokens: how many columns to forget, as a negative number, or how many to keep, as a positive one. 0 means
+                what it does in the release of transformers: nothing to forget where the argument is called
                 `tokens_to_remove`, and nothing to keep where it is `max_length`. Both names are taken.
+            named: the same, by one of these names.
 
         Raises:
-            TypeError: not one int was given.
-            ValueError: what the tokens evicted is gone, a row would be left without a token, or the cache is not bound
-                or has layers that can't take tokens back. Nothing is lost then.
+            TypeError: not exactly one integer was given.
+            ValueError: what the tokens evicted is gone; or a row would be left without a token; or the cache is not
+                bound, or has layers that can't take tokens back. The cache is as it was then.
         """
         self._refuse_other_thread()
         if tokens is not None and not named:
@@ -4765,26 +4800,26 @@ class SinkCache(Cache):
         stream.take_back(end)
 
     def activate_past_recording(self) -> None:
-        """Keep what tokens evict until `crop` is called, not only what those of the last update did.
+        """From now on, have `crop` take back all tokens since it was called last, not only those of the last update.
 
-        At most a window of it is kept. Assisted decoding of transformers calls this in newer releases.
+        What they evict is kept for that, at most a window of it. Assisted decoding calls this in newer releases.
         """
         if self.is_bound:
             self.held.record_past = True
 
     def save(self, path: Union[str, os.PathLike]) -> None:
-        """Write the conversation held to one safetensors file, from which `load` goes on in any process.
+        """Write the conversation to one safetensors file, from which `load` goes on in any process.
 
-        A file that is there is replaced at once, by one of the same mode: whatever ends this, also a kill, either the
-        old conversation is there or the new one. A kill may leave an unfinished file `.sink_cache-*` beside it, which
-        is never read, and nothing removes.
+        An older file at `path` is replaced in one step, and the new one has its mode. So whatever ends this, `path`
+        holds the old conversation or the new one. A kill may leave an unfinished file `.sink_cache-*` beside it, which
+        nothing reads, or removes.
 
         The model is run on a few tokens if it was changed since the last call of `generate` or `bind`. Where its
         weights are spread over processes, all of them must call this then.
 
         Raises:
-            ValueError: the cache is not bound, empty, in use, holds numbers that are not finite, or was left in the
-                middle of a forward pass by an error.
+            ValueError: the cache is not bound, is empty, is in use by another thread, holds numbers that are not
+                finite, or was left in the middle of a forward pass by an error.
             OSError: `path` can't be written.
         """
         if not self.is_bound or self.get_seq_length() == 0:
@@ -4799,36 +4834,38 @@ class SinkCache(Cache):
 
     @staticmethod
     def kept_nbytes(model: PreTrainedModel) -> int:
-        """Bytes of memory that the conversations take which `generate` keeps on `model` (`kept_conversations`).
+        """How many bytes of memory the conversations take that `generate` keeps on `model` (`kept_conversations`).
 
-        Each has at most two windows, those after its latest prompt and after the answer, with what the latest update of
-        them evicted, and 4 bytes for each token of the conversation. All are counted, whether `generate` comes from the
-        Hub, a folder or an installed package.
+        Each takes at most two windows, as they were after its latest prompt and after the answer, with what their
+        latest update evicted, and 4 bytes for each token of the conversation. All are counted, whether `generate` comes
+        from the Hub, a folder or an installed package.
         """
         return sum(kept.nbytes for kept in list(all_kept().get(unwrapped(model), {}).values()))
 
     @staticmethod
     def forget_kept(model: PreTrainedModel) -> None:
-        """Forget the conversations that `generate` keeps on `model`, wherever it comes from."""
+        """Forget the conversations that `generate` keeps on `model`, wherever this `generate` comes from."""
         all_kept().pop(unwrapped(model), None)
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
-        """The cache that `save` wrote to `path`, bound to `model`, which must be the one that it was bound to.
+        """The cache that `save` wrote to `path`, bound to `model`.
 
-        `model` is run on a few tokens, for what its layers hold; nothing is changed on it. Where its weights are spread
-        over processes, all of them must call this.
+        Args:
+            path: the file.
+            model: the model that the conversation was held with. It is run on a few tokens, and nothing is changed on
+                it. Where its weights are spread over processes, all of them must call this.
 
         Raises:
-            ValueError: `path` is no such file, or a damaged one, of a newer format, or of a conversation with another
-                model. It names the path, and says which it is.
+            ValueError: `path` is no such file, is damaged or has a newer format; or `model` is another one, or can't be
+                streamed. The message names the path, and says which it is.
             OSError: `path` can't be read.
         """
         text, tensors = read_file(path)
 
         def refusal(error: Exception) -> ValueError:
             reason = str(error)
-            if not isinstance(error, ValueError):  # as of another release of transformers, or no file of ours
+            if not isinstance(error, ValueError):  # for example, the file is from another release of transformers
                 reason = f"what it holds does not fit the layers that this model has here ({error!r})"
             return ValueError(f"The conversation in `path`, {os.fspath(path)!r}, can't be loaded: {reason}")
 
@@ -4843,33 +4880,38 @@ class SinkCache(Cache):
     # One call at a time
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_other_thread()  # of whose work a copy would have half a step
+        """What a copy or a pickle gets, which is not in use itself."""
+        self._refuse_other_thread()  # a copy could have half a step of its work
         return vars(self) | {"_used_by": None}
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the cache for the block, which is one call of `generate`; raise if another call has it."""
-        thread, is_free = threading.get_ident(), False
+        """Reserve the cache for the block, which is one call of `generate`.
+
+        Raises:
+            ValueError: another call has it in use.
+        """
+        thread, claimed = threading.get_ident(), False
         try:
             with _claiming:
-                is_free = self._used_by is None
-                if is_free:
-                    self._used_by = thread
-            if not is_free:
-                self._refuse_use()
+                if self._used_by is not None:
+                    self._refuse_use()
+                claimed = True  # before it is, as an interrupt may come in between
+                self._used_by = thread
             yield
         finally:
-            if is_free and self._used_by == thread:
+            if claimed and self._used_by == thread:
                 self._used_by = None
 
     def _refuse_other_thread(self) -> None:
-        """Raise if a call of `generate` in another thread has this cache in use."""
-        if torch.compiler.is_compiling():  # in the call's own thread, and compiled code can't ask for it
+        """Raise a ValueError if a call of `generate` in another thread has this cache in use."""
+        if torch.compiler.is_compiling():  # this is the call's own thread then, and compiled code can't ask which
             return
         if self._used_by not in (None, threading.get_ident()):
             self._refuse_use()
 
     def _refuse_use(self) -> None:
+        """Raise a ValueError that says who has the cache."""
         raise ValueError(
             f"The `SinkCache` in `{CACHE}` is in use by another call of `generate`, which goes on. Wait until "
             "that has ended, or use a cache for each call."
@@ -5378,7 +5420,7 @@ def with_its_own_depth(model: PreTrainedModel) -> PreTrainedModel:
 # generate
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The arguments of `generate` that may be positional by hand, in order.
+# What `generate` takes by position if it is called by hand.
 OWN_ARGUMENTS = ("model", "window_length", "num_sink_tokens", "prefill_progress")
 
 
@@ -5395,16 +5437,17 @@ def generate(
     """Generate without end in constant memory: `model.generate` with a `SinkCache`.
 
     By hand it is called as `generate(model, window_length, num_sink_tokens, prefill_progress, **kwargs)`. A model that
-    was loaded from a repository with this file has it as its own `generate`, which takes the prompt first, as ever.
+    was loaded from a repository with this file has it as its own `generate`, and takes the prompt first, as any model.
 
-    As with a `StaticCache`, transformers compiles the model's forward pass for single tokens on a GPU, and elsewhere if
-    `compile_config` says so: one graph for any stream. Not with layers that are no sink layers, ALiBi, flash attention,
-    or a model that can't be one graph; and not with `disable_compile`.
+    transformers compiles the model's forward pass for single tokens where it does so with a `StaticCache`: on a GPU,
+    and elsewhere if `compile_config` says so. One graph serves any stream. Nothing is compiled with `disable_compile`,
+    with layers other than sink layers, with ALiBi, with flash attention, or for a model that can't be one graph.
 
     Args:
-        args: `model` and those after it, by hand; where `model` is given by name, what its class's `generate` takes.
-        model: a decoder-only model whose attention is relative (RoPE, in some layers at least, recurrent states, or
-            ALiBi), also in a wrapper of `torch.compile` or peft.
+        args: by hand, `model` and the arguments after it. Where `model` comes by name, what the `generate` of its class
+            takes by position.
+        model: a decoder-only model with relative positions (RoPE in at least some layers, recurrent states, or ALiBi).
+            It may be in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
@@ -5412,19 +5455,20 @@ def generate(
         prefill_progress (`bool`, defaults to `False`): show a progress bar while a long prompt goes in.
         kept_conversations (`int`, defaults to that of the generation config, or 0): how many conversations are kept on
             the model between calls. A call without `past_key_values` that begins with the tokens of one goes on in it,
-            and reads only what is new. That is for servers and clients that send the whole conversation each time.
-            `SinkCache.kept_nbytes(model)` is the memory that they take, `SinkCache.forget_kept(model)` frees it.
+            and reads only what is new. This is for servers and clients that send the whole conversation each time.
+            `SinkCache.kept_nbytes(model)` tells how much memory they take, and `SinkCache.forget_kept(model)` frees it.
         offload_kept_conversations (`bool`, defaults to that of the generation config, or `False`): keep them in the
-            memory of the CPU, so that a GPU holds one window.
-        kwargs: all that `model.generate` takes. Of special meaning:
-            past_key_values (`SinkCache`), from transformers 5.24 on also named `cache`: continue in this cache, in its
-                window unless another is named, which is an error. The conversation so far comes again as `input_ids`,
-                or its new tokens only with the `attention_mask` of all. A new, unbound cache is bound to `model`. Until
-                the call ends, no other may use the cache.
-            prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass, a matter of time and memory
-                alone. By default a prompt goes in at once as far as the window holds it. What is beyond goes in by
-                chunks of `3/4 * window_length / num_sink_tokens`, at most 256: attention sees a copy of the sinks for
-                each token of a chunk, and these take three quarters of a window. With ALiBi it goes in token by token.
+            memory of the CPU, so that a GPU holds only the window that is in use.
+        kwargs: all that `model.generate` takes. These have a meaning of their own:
+            past_key_values (`SinkCache`), from transformers 5.24 on also named `cache`: continue in this cache. It has
+                a window already, so another `window_length` is an error. Pass the whole conversation as `input_ids`, or
+                only its new tokens and the `attention_mask` of all. A new, unbound cache is bound to `model`. No other
+                call may use the cache until this one ends.
+            prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. It changes time and memory, and
+                no tokens. By default, the part of a prompt that the window holds goes in at once. The rest goes in by
+                chunks of `3/4 * window_length / num_sink_tokens` tokens, at most 256: attention sees a copy of the
+                sinks for each token of a chunk, so that these copies take three quarters of a window. With ALiBi, the
+                rest goes in token by token.
             assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
                 assistant drafts in a window of its own, as long as the model's.
 
@@ -5432,9 +5476,10 @@ def generate(
         What `model.generate` returns. With `return_dict_in_generate=True`, its `past_key_values` is the `SinkCache`.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument, or the model, can't be served correctly. Both come before any forward pass of the
-            generation, and leave what was passed as it was.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument, or the model, can't be served correctly.
+
+        Both are raised before the first forward pass of the generation. What was passed is left as it was.
     """
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     keeping = {"kept_conversations": kept_conversations, "offload_kept_conversations": offload_kept_conversations}
@@ -5448,13 +5493,14 @@ def generate(
 def _generate_by_name(
     model: Any, progress: bool, window: dict[str, Any], keeping: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
-    """`generate` without arguments by position.
+    """`generate`, when all its arguments have names.
 
     Args:
-        model, progress: of these arguments.
-        window: those about the window, as they were given.
-        keeping: those about conversations that are kept.
-        kwargs: those of the model's own `generate`.
+        model: its `model`, still in its wrappers.
+        progress: its `prefill_progress`.
+        window: its arguments about the window.
+        keeping: its arguments about conversations that are kept.
+        kwargs: all others.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(CACHE, None), kwargs.pop(OLDER_NAME, None)
@@ -5475,7 +5521,7 @@ def _generate_by_name(
     kwargs.pop("prefill_chunk_size", None)
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
-    around = vars(model).get("_streamed_call")  # an override on a stand-in, that asks for a stream by itself
+    around = vars(model).get("_streamed_call")  # set if a `generate` of the model's own asks for a stream in a stream
     if around is not None and cache is around.cache:
         return loop.__get__(model)(**{CACHE: cache}, **kwargs)
     model = model if around is None else around.cache._bound_model
@@ -5504,7 +5550,7 @@ def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: 
     """
     if cache.is_bound:
         cache.held.settle()
-    if loop.__module__.startswith("transformers.generation"):  # else nobody knows yet what it will be given
+    if loop.__module__.startswith("transformers.generation"):  # a model's own may hand on other arguments
         if cache.is_bound:
             cache.held.end_in_common(kwargs)
         else:
@@ -5527,11 +5573,15 @@ def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: 
 
 
 def _generate_behind(model: PreTrainedModel) -> Callable:
-    """The `generate` among those of the model's class and its bases that a stream goes on in, not yet bound.
+    """Find the next `generate` of the model's class and its bases that is not on the call stack yet.
 
-    A class may have a `generate` of its own, which ends in that of the class behind it, and at last in transformers'.
-    It has begun if `custom_generate`, or it itself, led here: then what is behind it follows. By hand, and where this
-    file came with the model, it is yet to run. One set on the model alone is left out there: it may hold the model.
+    A class may have a `generate` of its own, which calls that of the class behind it, and at last that of transformers.
+    Where `custom_generate`, or such a `generate` by itself, led here, those on the stack have begun, and the one behind
+    them follows. By hand, and where this file came with the model, none has begun, and the first of all follows. A
+    `generate` that is set on the model alone is passed over: it may be what holds this function.
+
+    Returns:
+        The function, not bound to the model.
     """
     bases = type(model).__mro__
     bases = bases[: bases.index(transformers.GenerationMixin) + 1]  # whose `generate` calls nothing behind it
@@ -5539,7 +5589,7 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
     codes = [getattr(inspect.unwrap(vars(cls)["generate"]), "__code__", None) for cls in classes]
     caller = frame = inspect.currentframe().f_back.f_back.f_back  # of `generate`
     frames = []
-    # A loop that has got further than to call this calls it for another generation, as of a logits processor.
+    # Frames behind a loop of transformers belong to another generation, from which, say, a logits processor calls this.
     while frame is not None and (frame is caller or frame.f_code is not codes[-1]):
         frames.append(frame)
         frame = frame.f_back
@@ -5553,7 +5603,7 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
 
 
 def _part_that_generates(model: PreTrainedModel, loop: Callable) -> Optional[str]:
-    """The one module of `model` whose `generate` its own, `loop`, calls for tokens, as BLIP-2's does; None if none."""
+    """The name of the module whose `generate` the model's own, `loop`, calls for tokens, as in BLIP-2; else None."""
     names = getattr(getattr(inspect.unwrap(loop), "__code__", None), "co_names", ())
     if "generate" not in names or "super" in names or loop.__module__.startswith("transformers.generation"):
         return None
@@ -5563,7 +5613,14 @@ def _part_that_generates(model: PreTrainedModel, loop: Callable) -> Optional[str
 
 
 def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: dict[str, Any]) -> Any:
-    """Run `loop`, the model's own `generate`, and stream in its `part`: what `custom_generate` as an argument does."""
+    """Run `loop`, the model's own `generate`, and stream in its `part`, as by the argument `custom_generate`.
+
+    Args:
+        model: the model.
+        part: see `_part_that_generates`.
+        loop: not bound to the model.
+        kwargs: of `generate`, which `loop` hands on to that of the part. Those that are None are left out.
+    """
     stand_in, inner = shared(model), shared(model._modules[part])
 
     def generate_in_part(*args, **inputs) -> Any:
@@ -5575,18 +5632,22 @@ def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: 
 
 
 def _first_argument(frame: Any) -> Any:
-    """What the function of the frame was called with first."""
+    """The first argument that the function of a frame was called with; None if it takes none."""
     names = frame.f_code.co_varnames
     value = frame.f_locals.get(names[0]) if names else None
     return value[0] if isinstance(value, tuple) and value else value
 
 
 def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` of a call of `generate`, and its positional `args` by their names.
+    """All arguments of a call of `generate` by name.
+
+    Args:
+        args: those that were passed by position.
+        kwargs: those that were passed by name, and the defaults of the others.
 
     Raises:
-        TypeError: there are too many, or one of them also stands in `kwargs`; or transformers calls `generate` as the
-            decoding loop of one of its own.
+        TypeError: there are too many `args`, or one of them also came by name; or transformers calls this function as a
+            decoding loop, because it was passed as `custom_generate`.
     """
     if kwargs["model"] is not None:
         names = _positional_names(type(unwrapped(kwargs["model"])))
@@ -5608,7 +5669,7 @@ def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positional_names(model_class: type) -> list[str]:
-    """The arguments that `generate` of the class takes by position; transformers' own if it doesn't name them."""
+    """The arguments that `generate` of the class takes by position, or transformers' own if it takes `*args`."""
     functions = model_class.generate, transformers.GenerationMixin.generate
     takes = [inspect.getfullargspec(inspect.unwrap(function)) for function in functions]
     return next(each.args[1:] for each in takes if each.varargs is None)
