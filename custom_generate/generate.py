@@ -4306,8 +4306,9 @@ class Conversation:
         """
         if len(ids) != len(self.ids):
             return 0, None
-        common, pads = min(self.common_length(ids), most), (pads, pads * len(ids))
-        ends = [(min(common, stream.seen), stream) for stream in self.snapshots if stream.pads in pads]
+        common = min(self.common_length(ids), most)
+        alike = [stream for stream in self.snapshots if stream.pads in (pads, pads * len(ids))]
+        ends = [(min(common, stream.seen), stream) for stream in alike]
         possible = [(end, stream) for end, stream in ends if end == stream.seen or stream.can_end_at(end)]
         return max(possible, key=lambda found: found[0], default=(0, None))
 
@@ -4323,8 +4324,8 @@ class KeptConversations:
         """Add a conversation.
 
         Args:
-            before: the one kept in which the call went on, if any. If the new one has all of its prompt, it takes its
-                place. Else the two may only begin alike, and the old one stays as long as there is room.
+            before: the one in which the call went on, if any. It is dropped if the new one begins with all of its
+                prompt. Else the two may be different ones that begin alike, so it stays as long as there is room.
             number: how many are kept at most.
         """
         with self._changing:
