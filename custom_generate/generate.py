@@ -1362,6 +1362,24 @@ def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 # Whether they are still what they were
 
 
+@torch.no_grad()
+def some_numbers(model: PreTrainedModel) -> bytes:
+    """The bytes of 16 numbers of each weight and buffer. They show most changes that torch does not count (`.data`)."""
+    numbers: dict[tuple, list[torch.Tensor]] = {}
+    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
+    for tensor in itertools.chain.from_iterable(tensors):
+        # Left out: what accelerate keeps elsewhere until it is needed ("meta"), and what is no plain tensor.
+        if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
+            continue
+        count = min(tensor.numel(), 16)
+        if tensor.is_contiguous():  # at once, without the views between
+            some = tensor.as_strided((count,), (tensor.numel() // count,))
+        else:
+            some = tensor.reshape(-1)[:: tensor.numel() // count]
+        numbers.setdefault((tensor.device, tensor.dtype), []).append(some)
+    return b"".join(torch.cat(each).cpu().view(torch.uint8).numpy().tobytes() for each in numbers.values())
+
+
 class Stamp:
     """What the traits of a model depend on, as it can be seen without running the model.
 
@@ -1376,12 +1394,14 @@ class Stamp:
 
     Attributes:
         has_run: whether a call of `generate` has run the model since.
+        numbers: see `some_numbers`. `fits` does not compare them, because that waits for the device.
     """
 
     def __init__(self, model: PreTrainedModel, counters: Optional[list[set[str]]] = None):
         modules = modules_of(model)
         self.has_run = False
         self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
+        self.numbers = some_numbers(model)
         self._references, self._values = _identities(model, modules)
         self._angles = list(map(_angles, modules))
         self._settings = list(map(_settings, modules, self.counters))
@@ -1821,8 +1841,10 @@ def after_a_call(model: PreTrainedModel) -> None:
 
 def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> None:
     """Remember that `traits` hold up to `reach`, as was found by running `model`."""
-    stamp, _ = _readings[model]
-    _readings[model] = Stamp(model, stamp.counters), replace(traits, reach=reach)
+    before, _ = _readings[model]
+    stamp = Stamp(model, before.counters)
+    stamp.numbers = before.numbers  # of when its fingerprint was read
+    _readings[model] = stamp, replace(traits, reach=reach)
 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
@@ -1997,7 +2019,9 @@ def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tenso
 def known_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
     """The fingerprint of `model` as it is now. The model runs only if it has changed since it was read."""
     stamp, read = _readings.get(model, (None, None))
-    return read.fingerprint if read is not None and stamp.fits(model) else read_fingerprint(model, traits)
+    if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(model):
+        return read.fingerprint
+    return read_fingerprint(model, traits)
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
@@ -4253,24 +4277,6 @@ def basis(model: PreTrainedModel, stream: Stream) -> tuple:
     for number, module in enumerate(modules_of(model)):
         hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
     return stream.window, id(stream.traits.rotations), some_numbers(model), autocast, hooks
-
-
-@torch.no_grad()
-def some_numbers(model: PreTrainedModel) -> bytes:
-    """The bytes of 16 numbers of each weight and buffer. They show most changes that torch does not count (`.data`)."""
-    numbers: dict[tuple, list[torch.Tensor]] = {}
-    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
-    for tensor in itertools.chain.from_iterable(tensors):
-        # Left out: what accelerate keeps elsewhere until it is needed ("meta"), and what is no plain tensor.
-        if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
-            continue
-        count = min(tensor.numel(), 16)
-        if tensor.is_contiguous():  # at once, without the views between
-            some = tensor.as_strided((count,), (tensor.numel() // count,))
-        else:
-            some = tensor.reshape(-1)[:: tensor.numel() // count]
-        numbers.setdefault((tensor.device, tensor.dtype), []).append(some)
-    return b"".join(torch.cat(each).float().cpu().numpy().tobytes() for each in numbers.values())
 
 
 @dataclass(frozen=True, eq=False)
