@@ -472,6 +472,16 @@ def keys_and_values(cache: DynamicCache) -> list[dict[str, torch.Tensor]]:
     return cached
 
 
+def layer_classes(layers: list) -> set[str]:
+    """The names of the classes of some of transformers' own layers."""
+    return {type(layer).__name__ for layer in layers}
+
+
+def keeps_state(layer: Any) -> bool:
+    """Whether one of transformers' own layers keeps a recurrent state."""
+    return isinstance(layer, StateLayer)
+
+
 def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
     """What one of transformers' own layers keeps, by name: keys, values and recurrent states."""
     tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
@@ -1924,7 +1934,7 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
         )
 
     with telling(refusal):
-        if _keeps_states(model) or any(type(layer).__name__ in UNTOUCHED_LAYERS for layer in default_layers(model)):
+        if _keeps_states(model) or layer_classes(default_layers(model)) & {*UNTOUCHED_LAYERS}:
             raise ValueError("some of its layers slide or keep a state, and know no columns")
         cached, rounding = _read_columns(model, SOME_COLUMNS)
         _refuse_seen_padding(model, rounding)
@@ -2345,7 +2355,7 @@ def _ignores_cache_order(model: PreTrainedModel, rounding: float) -> bool:
 
 def _keeps_states(model: PreTrainedModel) -> bool:
     """Whether a layer of the model keeps a recurrent state."""
-    return any(isinstance(layer, StateLayer) for layer in default_layers(model))
+    return any(map(keeps_state, default_layers(model)))
 
 
 def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
@@ -2357,7 +2367,7 @@ def _continues_states(model: PreTrainedModel, rounding: float) -> bool:
     _, parts = _run(model, tokens[:, :7])
     _run(model, tokens[:, 7:], 7, parts)
     # A wrong state shows in its own layer or in the next one that has a state. Further on there is more noise.
-    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if isinstance(layer, StateLayer)]
+    states = [layer_idx for layer_idx, layer in enumerate(whole.layers) if keeps_state(layer)]
     noise = max(1e-4, 4 * rounding)
     return all(
         float((kept.float() - other.float()).norm()) <= noise * float(kept.float().norm())
@@ -2405,7 +2415,7 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
     Raises:
         ValueError: the model reads such a mask in neither way, or takes none.
     """
-    if not takes_masks(model) or {type(layer).__name__ for layer in default_layers(model)} - {*FULL_LAYERS}:
+    if not takes_masks(model) or layer_classes(default_layers(model)) - {*FULL_LAYERS}:
         return False
     tokens, expected = some_tokens(model, 4), _logits_at(model, 0)
     sees = torch.ones(4, 1, 4, 4, dtype=torch.bool, device=tokens.device).tril()
@@ -2503,7 +2513,7 @@ def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> 
     for layer, rotation, index_rotation, layout in itertools.zip_longest(
         own[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
     ):
-        has_state, stays = isinstance(layer, StateLayer), type(layer).__name__ in UNTOUCHED_LAYERS
+        has_state, stays = keeps_state(layer), layer_classes([layer]) <= {*UNTOUCHED_LAYERS}
         if stays or (layer is not None and not layout):
             layers.append(untouched(layer, rotation, holds_text=bool(layout) or has_state, has_kind=stays))
         elif has_state:
@@ -2844,7 +2854,7 @@ def _refuse_layers(model: PreTrainedModel) -> None:
     failed = f"transformers {transformers.__version__} can't make a cache for it"
     with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
         own = default_layers(model)
-    classes = {type(layer).__name__ for layer in own}
+    classes = layer_classes(own)
     unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *UNTOUCHED_LAYERS}))
     if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
         named = ", ".join(sorted(kinds)) or "full and sliding attention"

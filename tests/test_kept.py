@@ -503,6 +503,7 @@ def test_a_number_that_is_none(value):
 @pytest.mark.slow
 @pytest.mark.skipif(RELEASE < Version("4.56"), reason="transformers compiles single tokens from 4.56")
 def test_compiled_steps():
+    torch.compiler.reset()  # in a process that compiled the same code many times it would be left uncompiled
     model, ids = small_model(), prompt(30)
     compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compile_config._compile_all_devices = True
