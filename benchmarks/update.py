@@ -51,7 +51,7 @@ class Pair:
 
     def shift_back(self) -> None:
         for ring in self.bound.held.rings:
-            ring.lower_positions([1])
+            ring.lower_positions([ring.lowered.offsets[0] + 1])
 
     def timed(self, step: Callable[[], None], times: int) -> list[float]:
         """The seconds that each of so many calls of `step` takes."""

@@ -721,14 +721,15 @@ class Undo:
 class SinkLayer(CacheLayerMixin):
     """The sinks and the recent tokens of one attention layer, in a `Ring` shared with equal layers.
 
-    What follows the first attributes here is what a `Stream` asks of a layer of any kind.
+    A `Stream` asks the same of layers of any kind: the attributes from `follows_plan` on, and the methods. So another
+    kind is a class of its own, and a line in `make_layers`.
 
     Attributes:
         keys, values: `[batch, kv_heads, window.length, head_dim]` by slots: views of the ring's.
         seen: the columns seen.
         undo: what can be taken back.
         record_past: whether what is evicted is kept until `take_back`, over several updates too.
-        follows_plan: whether its updates are those of an `UpdatePlan`. They are else what transformers makes of them.
+        follows_plan: whether a `Stream` plans its updates (`UpdatePlan`). If not, transformers' own code makes them.
         compiles: whether compiled code can write a token into it.
         has_kind: whether models give it a mask of its own, for its kind of layer.
         can_record: whether it can, told to, keep what is needed to take tokens back.
@@ -1124,9 +1125,9 @@ class StateAndSinkLayer(KeepsStates, SinkLayer, StateLayer):
 
 
 class UntouchedLayer:
-    """What a `Stream` asks of a layer, for those that transformers keeps: they slide, keep a state, or hold no text.
+    """A layer that stays transformers' own: it slides, keeps a state, or holds no text.
 
-    It is mixed into the class of such a layer: see `untouched`.
+    This is mixed into its class, and has what a `Stream` asks of a layer: see `SinkLayer` and `untouched`.
 
     Attributes:
         own: that class.
@@ -1154,7 +1155,7 @@ class UntouchedLayer:
     @property
     def can_record(self) -> bool:
         """Whether it can, told to, keep what is needed to take tokens back."""
-        return not self.holds_text or hasattr(self, "record_past")
+        return not self.holds_text or "record_past" in vars(self)
 
     @property
     def counts_columns(self) -> bool:
