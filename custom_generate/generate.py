@@ -3609,7 +3609,7 @@ class Stream:
         """The types of tokens that the model is told for its `inputs` of a prompt: int64 `[batch, columns]` each.
 
         Models have tokens see later ones by their own mask, for which they look types up by the columns of the
-        conversation. So types that do so come with columns for those seen. These are no later ones, of whatever type.
+        conversation. So where some types do so, all come with columns for those seen too, as of no type.
 
         Raises:
             ValueError: tokens are to see later ones where the model's mask is replaced, or in another chunk.
@@ -3627,8 +3627,10 @@ class Stream:
                 f"`{ahead[0]}` can't be streamed here: it has tokens see later ones, as those of an image do, and "
                 f"{reason}, for which a stream gives the model a mask in which no token sees a later one. {remedy}."
             )
-        whole = {name: torch.nn.functional.pad(types[name], (self.seen, 0)) for name in ahead}
-        return types | whole
+        by_columns = {name for name, _ in self.traits.sees_ahead} if length > 1 else set()
+        return types | {
+            name: torch.nn.functional.pad(types[name], (self.seen, 0)) for name in types.keys() & by_columns
+        }
 
     def _see_ahead(self, name: str, types: torch.Tensor) -> bool:
         """Whether tokens of these `types` (`[batch, length]`, the model's input `name`) see later ones."""
