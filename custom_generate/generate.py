@@ -419,7 +419,7 @@ ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_fi
 
 
 def init_cache(cache: Cache) -> None:
-    """Call `Cache.__init__` with the arguments of the release, and leave `cache.layers` an empty list."""
+    """Call `Cache.__init__` with the arguments of the release."""
     parameters = inspect.signature(Cache.__init__).parameters
     if "layers" in parameters:  # from 4.56
         Cache.__init__(cache, layers=[])
@@ -427,7 +427,6 @@ def init_cache(cache: Cache) -> None:
         Cache.__init__(cache, layer_classes=transformers.cache_utils.DynamicLayer)
     else:
         Cache.__init__(cache)
-    cache.layers = []
 
 
 def default_cache(config: Any) -> DynamicCache:
@@ -4496,15 +4495,11 @@ class SinkCache(Cache):
 
     def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
         window = checked_window(window_length, num_sink_tokens)
-        self.held = UnboundLayers(window)  # for `init_cache`: transformers 4.54 and 4.55 add a layer to it
+        self.held: Union[Stream, UnboundLayers] = UnboundLayers(window)
         init_cache(self)
         self._model: Optional[_ModelReference] = None
         self._used_by: Optional[int] = None  # the thread in which a call of `generate` has it in use
-        self._hold(UnboundLayers(window))
-
-    def _hold(self, held: Union[Stream, UnboundLayers]) -> None:
-        """Keep tokens in `held` from now on, which is a stream if the cache is bound."""
-        self.held = held
+        self.held = UnboundLayers(window)  # again: 4.54 and 4.55 have put a layer of their own into it
 
     @property
     def layers(self) -> list:
@@ -4522,7 +4517,7 @@ class SinkCache(Cache):
             ValueError: a call of `generate` in another thread uses the cache. All methods that change it raise this.
         """
         self._refuse_other_thread()
-        self._hold(self.held.renewed())
+        self.held = self.held.renewed()
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
         """Learn how the layers of `model` rotate their keys, or that they go by columns, and stream from now on.
@@ -4575,7 +4570,7 @@ class SinkCache(Cache):
         if seen > 0:
             self.held.rebind(traits, layers, ceiling)
         else:
-            self._hold(Stream(window, traits, layers, ceiling))
+            self.held = Stream(window, traits, layers, ceiling)
         self._model = _ModelReference(model)
         return self
 
@@ -5191,7 +5186,7 @@ class StreamedCall:
         """The same for a prompt: the inputs of its last chunk, after the model was run on those before."""
         pads = left_padding(kwargs.get("attention_mask"), self.prompt.mask_given)
         if self.keeper is not None:
-            self.cache._hold(self.keeper.resume(self.stream, input_ids, pads, most=self.prompt.columns - 1))
+            self.cache.held = self.keeper.resume(self.stream, input_ids, pads, most=self.prompt.columns - 1)
         stream, end = self.stream, self._end_of(input_ids)
         new = end - stream.seen
         self._compile_step(False)
@@ -5379,7 +5374,7 @@ class Drafter:
         if depth is not None:
             names = ("rotations", "index_rotations", "layouts")
             traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
-            self.cache._hold(Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling))
+            self.cache.held = Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling)
         if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(
                 f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens "
