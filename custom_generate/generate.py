@@ -26,8 +26,8 @@ Words, each with one meaning:
 A list or a dimension named `rows` has one entry for each row of the batch, or a single one where all rows agree.
 
 Contents: the window, one update of it, and rotations; releases of transformers; layers; a model at rest; standing in
-for a model; reading a model; its layers; arguments; refusals; `Stream`, which is a cache at work; the class of
-transformers<4.53; files; conversations kept between calls; `SinkCache`; `generate`.
+for a model; models that can't be streamed; reading a model; its layers; arguments; refusals; `Stream`, which is a cache
+at work; the class of transformers<4.53; files; conversations kept between calls; `SinkCache`; `generate`.
 """
 
 import contextlib
@@ -1256,9 +1256,9 @@ def _new_untouched(own: type) -> UntouchedLayer:
 
 
 def untouched(layer: Any, rotation: Optional[Rotation], holds_text: bool, has_kind: bool) -> UntouchedLayer:
-    """`layer`, which transformers just made, as one of a stream."""
+    """One of a stream, made of a `layer` of transformers before its first token, which stays as it is."""
     kept = _new_untouched(type(layer))
-    kept.__dict__.update(layer.__dict__)
+    kept.__dict__.update(copy.deepcopy(layer.__dict__))
     kept.keep(rotation, holds_text, has_kind)
     return kept
 
@@ -1758,6 +1758,176 @@ def _rebound_cell(cell: CellType, stand_ins: dict[int, Any], depth: int) -> Cell
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Models that can't be streamed
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Errors that may come from a model, or from what a file holds for it.
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS += (safetensors.SafetensorError,)
+
+# Those that come from the machine: its memory, its devices, its other processes. Not every torch has all.
+_classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
+MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
+# Words in errors of the machine that have no class of their own.
+MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raise `tell(error)` instead of an `error` of the block that comes from a model or from what a file holds.
+
+    Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
+    """
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
+            raise
+        raise tell(error) from error
+
+
+def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
+    """The error for a model that can't be streamed, and the `reason`. A `limit` that would avoid it comes first."""
+    return ValueError(f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}")
+
+
+def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
+    """The model of transformers in the argument `name`, without a wrapper of `torch.compile` or peft.
+
+    Raises:
+        TypeError: there is none, or it does not generate.
+        ValueError: an adapter of peft can't be streamed.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+    if not isinstance(inner, transformers.GenerationMixin):
+        raise TypeError(
+            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
+            "load the model with its language modeling head."
+        )
+    # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
+    for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise cant_stream(
+                wrapper,
+                "its adapter puts what it learned before the prompt, where a stream counts no tokens. Use another kind "
+                "of adapter, as LoRA.",
+            )
+    _refuse_adapters(inner)
+    return inner
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    """Raise if an active adapter of peft looks at more than the tokens of one forward pass."""
+    configs = getattr(model, "peft_config", None)
+    reasons = {name: _looks_further(config) for name, config in (configs if isinstance(configs, dict) else {}).items()}
+    active = set()
+    for module in modules_of(model) if any(reasons.values()) else ():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, list) and not module.disable_adapters:
+            active.update(names)
+        for hook in module._forward_pre_hooks.values():  # an adapter for each row
+            active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
+    for name, reason in reasons.items():
+        # An X-LoRA stands in no layer: it mixes those that do.
+        if reason is not None and (name in active or (active and configs[name].peft_type == "XLORA")):
+            raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
+
+
+def _looks_further(config: Any) -> Optional[str]:
+    """Why an adapter of peft with this configuration can't be streamed; None if nothing is known against it."""
+    if getattr(config, "alora_invocation_tokens", None):
+        return (
+            "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
+            "once (`alora_invocation_tokens`), and a long prompt comes in parts"
+        )
+    if getattr(config, "peft_type", None) == "SHADOW":
+        return "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
+    if getattr(config, "peft_type", None) == "XLORA":
+        return "peft runs the model twice in each forward pass, with one cache"
+    return None
+
+
+def refuse_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that can't be streamed, whatever the window."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in modules_of(model)):
+        raise ValueError(
+            f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
+            "empty: call `model.eval()` first."
+        )
+    if not model._supports_default_dynamic_cache():
+        raise cant_stream(
+            model,
+            f"transformers {transformers.__version__} gives it a cache of its own, which a `SinkCache` can't stand in "
+            "for. Use a model with full attention in its layers.",
+        )
+    _refuse_layers(model)
+
+
+def _refuse_layers(model: PreTrainedModel) -> None:
+    """Raise unless some layers of the model have full attention, and the others can stay as they are."""
+    config = model.config.get_text_config(decoder=True)
+    kinds, hybrid = set(layer_kinds(config)), getattr(config, HYBRID_MARKER, None)
+    if slides_everywhere(model) and not hybrid:
+        return
+    failed = f"transformers {transformers.__version__} can't make a cache for it"
+    with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
+        own = default_layers(model)
+    classes = layer_classes(own)
+    unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *UNTOUCHED_LAYERS}))
+    if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
+        named = ", ".join(sorted(kinds)) or "full and sliding attention"
+        reason = f"transformers {transformers.__version__} can't cache its kinds of layers ({named}) each in its way"
+    elif unknown:
+        reason = f"its layers cache more than keys and values ({unknown})"
+    elif own and not classes & set(FULL_LAYERS):
+        reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
+    elif getattr(config, "n_recurrent_loops", 1) > 1:
+        reason = "it runs layers in loops, and adds some to the cache for these or reads keys out of it by itself"
+    elif own and len(own) < config.num_hidden_layers:
+        reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
+    else:
+        return
+    raise cant_stream(model, f"{reason}. Use a model with full attention in its layers.")
+
+
+def refuse_window(model: PreTrainedModel, window: Window) -> None:
+    """Raise ValueError for a window that is too long for a model."""
+    config = model.config.get_text_config(decoder=True)
+    changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
+    limits = [
+        (
+            config.sliding_window if slides_everywhere(model) else None,
+            "the model's own attention reaches no further back, so the sinks would be out of its sight.",
+        ),
+        (
+            getattr(config, "keep_window_size", None),
+            "of more tokens the model's attention chooses some, which depends on their order in the cache "
+            "(`keep_window_size`).",
+        ),
+        (
+            unscaled_length(config),
+            "past that the model scales its queries by their place, and tokens of one update would be scaled otherwise "
+            "than one by one.",
+        ),
+        (
+            trained_length(config) if changing & {"dynamic", "longrope"} else None,
+            "past that the model changes the frequencies of its rotary embeddings, and the keys in the cache would no "
+            "longer fit.",
+        ),
+    ]
+    for longest, reason in limits:
+        if longest is not None and window.length > longest:
+            raise ValueError(f"`window_length` must be at most {longest}, got {window.length}: {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading a model: how it rotates its keys, and what else a stream has to know
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1769,6 +1939,8 @@ class ModelTraits:
     Args:
         rotations: how each layer rotates its keys, None for one whose keys have no position.
         index_rotations: the same of the keys of its index, by which it chooses tokens; None for one without.
+        own_layers: transformers' own layers of the model, before their first token. Empty if it knows no kinds of them,
+            or if all slide alike.
         layouts: for each layer, the shape, dtype and device of each tensor that it caches of text, equal in equal
             layers; empty if it caches nothing of text.
         fingerprint: what the model is known by, its last keys for some tokens: float32 `[4, kv_heads, 1, head_dim]`.
@@ -1790,6 +1962,7 @@ class ModelTraits:
 
     rotations: list[Optional[Rotation]]
     index_rotations: list[Optional[Rotation]]
+    own_layers: list
     layouts: list[tuple]
     fingerprint: torch.Tensor
     continues_states: bool
@@ -1824,11 +1997,13 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
     The traits are remembered for as long as the model lives and what they depend on stays the same.
 
     Raises:
-        ValueError: it knows their order neither by a rotation of keys nor by the columns of its cache, as with learned
-            positions; it gives NaN or infinite numbers; or what it gives changes when all positions move.
+        ValueError: it can't be streamed, by `refuse_model`; it knows their order neither by a rotation of keys nor by
+            the columns of its cache, as with learned positions; it gives NaN or infinite numbers; or what it gives
+            changes when all positions move.
     """
     stamp, traits = _readings.get(model, (None, None))
     if traits is None or not stamp.fits(model):
+        refuse_model(model)
         if not hasattr(model.get_input_embeddings(), "weight"):
             raise cant_stream(
                 model, "it has more than one table of embeddings, as where a token is several codes of a sound."
@@ -1959,6 +2134,7 @@ def _traits(
     return ModelTraits(
         rotations=rotations,
         index_rotations=index_rotations,
+        own_layers=[] if slides_everywhere(model) else default_layers(model),
         layouts=layouts,
         fingerprint=_fingerprint(cached),
         continues_states=_continues_states(model, rounding),
@@ -2428,37 +2604,7 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
     return changed[1] < changed[0]
 
 
-# Why it can't be streamed
-
-
-# Errors that may come from a model, or from what a file holds for it.
-MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-MODEL_ERRORS += (safetensors.SafetensorError,)
-
-# Those that come from the machine: its memory, its devices, its other processes. Not every torch has all.
-_classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
-MACHINE_ERRORS = tuple(vars(module)[name] for module, name in _classes if name in vars(module))
-# Words in errors of the machine that have no class of their own.
-MACHINE_WORDS = ("DefaultCPUAllocator", "out of memory", "CUDA error", "gloo/")
-
-
-@contextlib.contextmanager
-def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Raise `tell(error)` instead of an `error` of the block that comes from a model or from what a file holds.
-
-    Others pass as they are: lack of memory, lost devices and processes, time limits, files that can't be read.
-    """
-    try:
-        yield
-    except MODEL_ERRORS as error:
-        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
-            raise
-        raise tell(error) from error
-
-
-def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
-    """The error for a model that can't be streamed, and the `reason`. A `limit` that would avoid it comes first."""
-    return ValueError(f"{limit}`model` ({type(model).__name__}) can't be streamed: {reason}")
+# Why it can't be read
 
 
 def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -2502,16 +2648,15 @@ def _refuse_change(model: PreTrainedModel, distance: int, changed: float, allowe
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_layers(model: PreTrainedModel, window: Window, traits: ModelTraits) -> list:
+def make_layers(window: Window, traits: ModelTraits) -> list:
     """A new layer for each of the model's: one with sinks where it has full attention, else transformers' own."""
-    own = [] if slides_everywhere(model) else default_layers(model)
     layers, rings = [], {}
 
     def ring_of(rotation: Optional[Rotation], layout: tuple) -> Ring:
         return rings.setdefault((rotation, layout), Ring(window, rotation))
 
     for layer, rotation, index_rotation, layout in itertools.zip_longest(
-        own[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
+        traits.own_layers[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
     ):
         has_state, stays = keeps_state(layer), layer_classes([layer]) <= {*UNTOUCHED_LAYERS}
         if stays or (layer is not None and not layout):
@@ -2734,142 +2879,8 @@ def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refusals: models and arguments that can't be served correctly
+# Refusals: arguments that can't be served correctly
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# Models
-
-
-def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
-    """The model of transformers in the argument `name`, without a wrapper of `torch.compile` or peft.
-
-    Raises:
-        TypeError: there is none, or it does not generate.
-        ValueError: an adapter of peft can't be streamed.
-    """
-    inner = getattr(model, "_orig_mod", model)
-    if callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
-    if not isinstance(inner, transformers.GenerationMixin):
-        raise TypeError(
-            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
-            "load the model with its language modeling head."
-        )
-    # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
-    for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
-        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
-            raise cant_stream(
-                wrapper,
-                "its adapter puts what it learned before the prompt, where a stream counts no tokens. Use another kind "
-                "of adapter, as LoRA.",
-            )
-    _refuse_adapters(inner)
-    return inner
-
-
-def _refuse_adapters(model: PreTrainedModel) -> None:
-    """Raise if an active adapter of peft looks at more than the tokens of one forward pass."""
-    configs = getattr(model, "peft_config", None)
-    reasons = {name: _looks_further(config) for name, config in (configs if isinstance(configs, dict) else {}).items()}
-    active = set()
-    for module in modules_of(model) if any(reasons.values()) else ():
-        names = getattr(module, "active_adapters", None)
-        if isinstance(names, list) and not module.disable_adapters:
-            active.update(names)
-        for hook in module._forward_pre_hooks.values():  # an adapter for each row
-            active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
-    for name, reason in reasons.items():
-        # An X-LoRA stands in no layer: it mixes those that do.
-        if reason is not None and (name in active or (active and configs[name].peft_type == "XLORA")):
-            raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
-
-
-def _looks_further(config: Any) -> Optional[str]:
-    """Why an adapter of peft with this configuration can't be streamed; None if nothing is known against it."""
-    if getattr(config, "alora_invocation_tokens", None):
-        return (
-            "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
-            "once (`alora_invocation_tokens`), and a long prompt comes in parts"
-        )
-    if getattr(config, "peft_type", None) == "SHADOW":
-        return "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
-    if getattr(config, "peft_type", None) == "XLORA":
-        return "peft runs the model twice in each forward pass, with one cache"
-    return None
-
-
-def refuse_model(model: PreTrainedModel, window: Window) -> None:
-    """Raise ValueError for a model that can't be streamed, or not in a window of this length."""
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"`model` ({name}) is an encoder-decoder, and only a decoder-only model can be streamed.")
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in modules_of(model)):
-        raise ValueError(
-            f"`model` ({name}) can't be streamed while it trains with gradient checkpointing, as that leaves any cache "
-            "empty: call `model.eval()` first."
-        )
-    if not model._supports_default_dynamic_cache():
-        raise cant_stream(
-            model,
-            f"transformers {transformers.__version__} gives it a cache of its own, which a `SinkCache` can't stand in "
-            "for. Use a model with full attention in its layers.",
-        )
-    _refuse_layers(model)
-    changing = {settings.get("rope_type", settings.get("type")) for settings in rope_parameters(config)}
-    limits = [
-        (
-            config.sliding_window if slides_everywhere(model) else None,
-            "the model's own attention reaches no further back, so the sinks would be out of its sight.",
-        ),
-        (
-            getattr(config, "keep_window_size", None),
-            "of more tokens the model's attention chooses some, which depends on their order in the cache "
-            "(`keep_window_size`).",
-        ),
-        (
-            unscaled_length(config),
-            "past that the model scales its queries by their place, and tokens of one update would be scaled otherwise "
-            "than one by one.",
-        ),
-        (
-            trained_length(config) if changing & {"dynamic", "longrope"} else None,
-            "past that the model changes the frequencies of its rotary embeddings, and the keys in the cache would no "
-            "longer fit.",
-        ),
-    ]
-    for longest, reason in limits:
-        if longest is not None and window.length > longest:
-            raise ValueError(f"`window_length` must be at most {longest}, got {window.length}: {reason}")
-
-
-def _refuse_layers(model: PreTrainedModel) -> None:
-    """Raise unless some layers of the model have full attention, and the others can stay as they are."""
-    config = model.config.get_text_config(decoder=True)
-    kinds, hybrid = set(layer_kinds(config)), getattr(config, HYBRID_MARKER, None)
-    if slides_everywhere(model) and not hybrid:
-        return
-    failed = f"transformers {transformers.__version__} can't make a cache for it"
-    with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
-        own = default_layers(model)
-    classes = layer_classes(own)
-    unknown = ", ".join(sorted(classes - {*FULL_LAYERS, *UNTOUCHED_LAYERS}))
-    if hybrid or (CACHED_KINDS is not None and kinds - CACHED_KINDS):
-        named = ", ".join(sorted(kinds)) or "full and sliding attention"
-        reason = f"transformers {transformers.__version__} can't cache its kinds of layers ({named}) each in its way"
-    elif unknown:
-        reason = f"its layers cache more than keys and values ({unknown})"
-    elif own and not classes & set(FULL_LAYERS):
-        reason = "none of its layers attends to all tokens, so it takes constant memory without a `SinkCache`"
-    elif getattr(config, "n_recurrent_loops", 1) > 1:
-        reason = "it runs layers in loops, and adds some to the cache for these or reads keys out of it by itself"
-    elif own and len(own) < config.num_hidden_layers:
-        reason = f"its last {config.num_hidden_layers - len(own)} layers read the keys of others out of the cache"
-    else:
-        return
-    raise cant_stream(model, f"{reason}. Use a model with full attention in its layers.")
 
 
 # Arguments of `generate`
@@ -3316,18 +3327,30 @@ class CompiledSteps:
             self.mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
 
 
+def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
+    """Below which the positions given to the model stay.
+
+    It is far enough above the window that shifting back is rare, and above the reach of layers that slide by
+    themselves, so that no key meets it twice. It is low enough that float32 is exact about angles, and never past the
+    length that the model was trained on. A model that gets no positions has none.
+    """
+    if traits.ordered:
+        return sys.maxsize
+    ceiling = max(4 * window.length, 4096, *(getattr(layer, "sliding_window", 0) for layer in layers))
+    return max(window.length, min(ceiling, traits.trained_length or ceiling))
+
+
 class Stream:
     """The tokens of a batch in a bound cache, and what the model is given to take in more.
 
     Args:
         window: which tokens are kept.
         traits: of the model.
-        new_layers: what `layers` are before the first token.
-        ceiling: positions given to the model stay below it.
 
     Attributes:
         layers: one for each layer of the model.
         sink_layers: what of these is a `SinkLayer`.
+        ceiling: positions given to the model stay below it; see `position_ceiling`.
         pads: `[rows]`, the columns of left padding.
         padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
         offsets: `[rows]`, by how much positions are lower than the counts of tokens. Keys follow before they are next
@@ -3338,9 +3361,10 @@ class Stream:
         compiled: what steps of compiled code are given; None where the next update is none.
     """
 
-    def __init__(self, window: Window, traits: ModelTraits, new_layers: list, ceiling: int):
-        self.window, self.traits, self.new_layers, self.ceiling = window, traits, new_layers, ceiling
-        self._set_layers(copy.deepcopy(new_layers))
+    def __init__(self, window: Window, traits: ModelTraits):
+        self.window, self.traits = window, traits
+        self._set_layers(make_layers(window, traits))
+        self.ceiling = position_ceiling(window, traits, self.layers)
         self.pads, self.padding_known, self.offsets = [0], False, [0]
         self.transcript = Transcript()
         self.media: list[SeenMedia] = []
@@ -3353,13 +3377,13 @@ class Stream:
 
     def renewed(self) -> "Stream":
         """The same before its first token."""
-        return Stream(self.window, self.traits, self.new_layers, self.ceiling)
+        return Stream(self.window, self.traits)
 
-    def rebind(self, traits: ModelTraits, new_layers: list, ceiling: int) -> None:
+    def rebind(self, traits: ModelTraits) -> None:
         """Go on with what was read of the model anew."""
         for layer, rotation, index_rotation in zip(self.layers, traits.rotations, traits.index_rotations):
             layer.set_rotations(rotation, index_rotation)
-        vars(self).update(traits=traits, new_layers=new_layers, ceiling=ceiling)
+        vars(self).update(traits=traits, ceiling=position_ceiling(self.window, traits, self.layers))
 
     @property
     def rings(self) -> list[Ring]:
@@ -3948,19 +3972,6 @@ class Stream:
         return end
 
 
-def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
-    """Below which the positions given to the model stay.
-
-    It is far enough above the window that shifting back is rare, and above the reach of layers that slide by
-    themselves, so that no key meets it twice. It is low enough that float32 is exact about angles, and never past the
-    length that the model was trained on. A model that gets no positions has none.
-    """
-    if traits.ordered:
-        return sys.maxsize
-    ceiling = max(4 * window.length, 4096, *(getattr(layer, "sliding_window", 0) for layer in layers))
-    return max(window.length, min(ceiling, traits.trained_length or ceiling))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The class of transformers<4.53, for code that drives it by hand
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4543,17 +4554,15 @@ class SinkCache(Cache):
                 "before the first token, or `reset()` it."
             )
         bound_to = self._bound_model
-        if bound_to is not model:
-            refuse_model(model, window)
+        refuse_window(model, window)
         device = model.device.type
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             traits = read_model(model)
         held_traits = self.held.traits if self.is_bound else None
         if bound_to is model and traits.rotations is held_traits.rotations:
             return self
-        layers = make_layers(model, window, traits)
-        ceiling = position_ceiling(window, traits, layers)
-        read_further(model, traits, window.length, ceiling - 1)
+        stream = Stream(window, traits)
+        read_further(model, traits, window.length, stream.ceiling - 1)
         if self.is_bound and bound_to is not model and not are_alike(traits.fingerprint, held_traits.fingerprint):
             raise ValueError(
                 OTHER_MODEL
@@ -4568,9 +4577,9 @@ class SinkCache(Cache):
                 "use a new one."
             )
         if seen > 0:
-            self.held.rebind(traits, layers, ceiling)
+            self.held.rebind(traits)
         else:
-            self.held = Stream(window, traits, layers, ceiling)
+            self.held = stream
         self._model = _ModelReference(model)
         return self
 
@@ -5374,7 +5383,7 @@ class Drafter:
         if depth is not None:
             names = ("rotations", "index_rotations", "layouts")
             traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
-            self.cache.held = Stream(window, traits, make_layers(assistant, window, traits), stream.ceiling)
+            self.cache.held = Stream(window, traits)
         if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(
                 f"`assistant_model` ({type(assistant).__name__}) can't draft: some of its layers can't take tokens "
