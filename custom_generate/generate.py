@@ -109,12 +109,102 @@ class Caller(enum.Enum):
     GENERATE = "`generate`, which tells when the update is done"
 
 
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """The positions of the tokens of a stream where they are not their numbers, as those of an image in two dimensions.
+
+    Such a token has a position on each of several axes. A stream looks at the least of them, and at the largest: text
+    after an image goes on at one more than the largest of all before. A token of text has one position on all axes.
+    This never changes.
+
+    Args:
+        start: the first column of which it knows.
+        least: int64 `[rows, columns]` on the CPU, for each column the least of its positions.
+        largest: the same, for each column the largest position up to it.
+        behind_sinks: int64 `[rows, 1]`, the least position of the first token behind the sinks, if that is no longer
+            among these columns.
+    """
+
+    start: int
+    least: torch.Tensor
+    largest: torch.Tensor
+    behind_sinks: Optional[torch.Tensor] = None
+
+    @property
+    def end(self) -> int:
+        """The column after the last of them. After these comes text."""
+        return self.start + self.least.shape[1]
+
+    @classmethod
+    def of_numbers(cls, end: int, pads: list[int]) -> "Positions":
+        """Those of text up to column `end`, which are its numbers."""
+        numbers = torch.arange(end, dtype=torch.long, device="cpu")
+        numbers = numbers - torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
+        return cls(0, numbers, numbers)
+
+    def of(self, columns: torch.Tensor) -> torch.Tensor:
+        """The least position of each of `columns`, int64 `[rows, n]`. Those before `start` get any."""
+        known = self.least.expand(max(len(self.least), len(columns)), -1)
+        columns = columns.expand(len(known), -1)
+        places = (columns - self.start).clamp(0, known.shape[1] - 1)
+        return torch.where(columns < self.end, known.gather(1, places), self.largest[:, -1:] + 1 + columns - self.end)
+
+    def after(self, column: int) -> list[int]:
+        """`[rows]`, the position that text has which goes on at `column`, behind the first column known."""
+        if column > self.end:
+            return (self.largest[:, -1] + 1 + column - self.end).tolist()
+        return (self.largest[:, column - self.start - 1] + 1).tolist()
+
+    def up_to(self, end: int) -> "Positions":
+        """Those of the columns before `end`."""
+        known = end - self.start
+        return replace(self, least=self.least[:, :known], largest=self.largest[:, :known])
+
+    def followed_by(self, start: int, positions: torch.Tensor) -> "Positions":
+        """These up to column `start`, and then others, `[axes, rows, columns]`."""
+        before = self if start <= self.end else self._with_text_up_to(start)
+        before, positions = before.up_to(start), positions.to("cpu", torch.long)
+        rows = max(len(before.least), positions.shape[1])
+        least = torch.cat([before.least.expand(rows, -1), positions.amin(0).expand(rows, -1)], dim=1)
+        largest = torch.cat([before.largest.expand(rows, -1), positions.amax(0).expand(rows, -1)], dim=1)
+        return replace(self, least=least, largest=largest.cummax(dim=1).values)
+
+    def _with_text_up_to(self, end: int) -> "Positions":
+        text = self.largest[:, -1:] + torch.arange(1, end - self.end + 1, dtype=torch.long, device="cpu")
+        return replace(self, least=torch.cat([self.least, text], 1), largest=torch.cat([self.largest, text], 1))
+
+    def from_column(self, start: int, window: Window, pads: list[int]) -> "Positions":
+        """The same without the columns before `start`, in memory of its own."""
+        if start <= self.start:
+            return self
+        start, behind = min(start, self.end - 1), self.of_first_behind(window, pads)
+        least, largest = (known[:, start - self.start :].clone() for known in (self.least, self.largest))
+        return Positions(start, least, largest, behind)
+
+    def of_first_behind(self, window: Window, pads: list[int]) -> torch.Tensor:
+        """The least position of the first token behind the sinks: `[rows, 1]`."""
+        if self.behind_sinks is not None:
+            return self.behind_sinks
+        return self.of(torch.tensor(pads, dtype=torch.long, device="cpu")[:, None] + window.num_sinks)
+
+    def with_rows(self, indices: torch.Tensor) -> "Positions":
+        """Those of a batch whose row `i` is row `indices[i]` here."""
+        if len(self.least) == 1:
+            return self
+        least, largest, behind = (
+            None if known is None else known.index_select(0, indices.cpu())
+            for known in (self.least, self.largest, self.behind_sinks)
+        )
+        return Positions(self.start, least, largest, behind)
+
+
 class UpdatePlan:
     """What one update keeps, writes and sees: the same for every layer.
 
     RoPE sees only differences of positions. So recent keys stay as they are, and the sinks move instead. For token `t`
     they are moved by `t - window.length + 1` positions from where the model put them, which is directly before the
-    oldest recent token (arXiv:2309.17453, section 3.2).
+    oldest recent token (arXiv:2309.17453, section 3.2). Where `positions` are not numbers, that is by as much as the
+    oldest recent token is behind the first one that followed the sinks.
 
     - *One token* takes the slot of the token that leaves the window. It sees all slots, with the sinks moved for it.
     - *Several tokens that evict none* see the kept tokens and, causally, each other.
@@ -127,7 +217,10 @@ class UpdatePlan:
         start: columns seen before this update.
         length: columns of this update.
         pads: `[rows]`, the columns of left padding of each row.
-        offsets: `[rows]`, by how much a row's positions are lower than its token counts.
+        offsets: `[rows]`, by how much a row's positions are lower than its token counts, or than `positions`.
+        positions: those of the tokens; None if these are their numbers.
+        sees_until: where tokens see later ones, as those of an image do, by the kind of layer in which they do, or for
+            None if all are alike: int64 `[rows, length]` on the CPU, for each column the one after the last it sees.
 
     Attributes:
         seen, num_new: `[rows]`, the tokens seen before this update, and the new ones.
@@ -144,9 +237,18 @@ class UpdatePlan:
 
     caller = Caller.UNKNOWN
 
-    def __init__(self, window: Window, start: int, length: int, pads: list[int], offsets: list[int]):
+    def __init__(
+        self,
+        window: Window,
+        start: int,
+        length: int,
+        pads: list[int],
+        offsets: list[int],
+        positions: Optional[Positions] = None,
+        sees_until: Optional[dict[Optional[str], torch.Tensor]] = None,
+    ):
         self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
-        self.end = start + length
+        self.end, self.positions, self.sees_until = start + length, positions, sees_until or {}
         self.seen = [max(start - pad, 0) for pad in pads]
         self.num_new = [min(length, max(self.end - pad, 0)) for pad in pads]
         self.evicts = any(seen + new > window.length for seen, new in zip(self.seen, self.num_new))
@@ -156,13 +258,17 @@ class UpdatePlan:
             self.sink_shifts = [0] * len(pads)  # copies are made of the sinks as the model rotated them
             self.num_keys = length * window.num_sinks + self.num_recent + length
         else:
-            self.sink_shifts = [max(seen - window.length + 1, 0) - offset for seen, offset in zip(self.seen, offsets)]
+            moved = [max(seen - window.length + 1, 0) for seen in self.seen]
+            if positions is not None:  # of the first token: several move the sinks only where these are copied
+                moved = self._moved(torch.tensor(self.seen, dtype=torch.long, device="cpu")[:, None])[:, 0].tolist()
+            self.sink_shifts = [shift - offset for shift, offset in zip(moved, offsets)]
             self.num_keys = min(max(self.seen) + 1, window.length) if length == 1 else max(self.seen) + length
         self.place = max(window.length - length, 0) if self.sees_copies else self.num_keys - length
         self.first_slots = [window.slot(seen) for seen in self.seen]
         # For a single token, all rows whose window is full are alike.
         self.kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
         self.needs_mask = self.sees_copies or min(self.kept) < max(self.kept) or min(self.num_new) < length
+        self.needs_mask |= bool(self.sees_until)
         self._indices: dict[torch.device, tuple] = {}
         self._slots_in_order: dict[torch.device, torch.Tensor] = {}
 
@@ -179,8 +285,16 @@ class UpdatePlan:
     @functools.cached_property
     def copy_shifts(self) -> torch.Tensor:
         """By how many positions the sinks are moved for each new column: float64 `[rows, length]` on the CPU."""
-        moved = (self.tokens(0, torch.device("cpu")) - self.window.length + 1).clamp(min=0)
+        moved = self._moved(self.tokens(0, torch.device("cpu")))
         return (moved - torch.tensor(self.offsets, dtype=torch.long, device="cpu")[:, None]).double()
+
+    def _moved(self, tokens: torch.Tensor) -> torch.Tensor:
+        """By how many positions the sinks are moved for each of `tokens`, int64 `[rows, n]` on the CPU."""
+        if self.positions is None:
+            return (tokens - self.window.length + 1).clamp(min=0)
+        oldest = tokens - self.window.recent + 1 + torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None]
+        moved = self.positions.of(oldest) - self.positions.of_first_behind(self.window, self.pads)
+        return moved.masked_fill(tokens < self.window.length, 0)
 
     def recent_slots(self, device: torch.device) -> torch.Tensor:
         """The slots of the recent tokens, in order; any slot where a row has fewer: int64 `[rows, num_recent]`."""
@@ -216,17 +330,34 @@ class UpdatePlan:
         return recent_slots, slice(None) if len(self.pads) == 1 else rows, columns, slots
 
     def local_mask(
-        self, reach: int, in_chunks: bool, num_keys: int, dtype: torch.dtype, device: torch.device
+        self, kind: str, reach: int, num_keys: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """The additive mask of a layer that is given the last `num_keys` columns: `[rows, 1, length, num_keys]`.
 
         Args:
+            kind: that of the layer. In "chunked_attention" a token sees those of its chunk alone, of `reach` tokens.
             reach: how many tokens a token sees, itself included.
-            in_chunks: whether it sees those of its chunk alone, of which each has `reach` tokens.
         """
         keys, new = self.tokens(self.length - num_keys, device)[:, None], self.tokens(0, device)[:, :, None]
-        near = keys // reach == new // reach if in_chunks else keys > new - reach
-        return additive_mask(((keys >= 0) & (keys <= new) & near)[:, None], dtype)
+        near = keys // reach == new // reach if kind == "chunked_attention" else keys > new - reach
+        # What sees a later one is seen by that too, however far the layer reaches back.
+        return additive_mask(self._with_later((keys >= 0) & (keys <= new) & near, kind, both_ways=True)[:, None], dtype)
+
+    def _with_later(self, sees: torch.Tensor, kind: str, both_ways: bool = False) -> torch.Tensor:
+        """`sees`, `[rows, length, keys]` with the new columns last, and which later ones each sees by `sees_until`.
+
+        Args:
+            kind: of layer.
+            both_ways: whether those see it too.
+        """
+        until = self.sees_until.get(kind, self.sees_until.get(None))
+        if until is None:
+            return sees
+        columns = torch.arange(self.start, self.end, dtype=torch.long, device=sees.device)
+        later = (columns < until.to(sees.device)[:, :, None]) & (columns > columns[:, None])
+        sees = sees.expand(max(len(sees), len(later)), -1, -1).clone()
+        sees[..., -self.length :] |= later | later.mT if both_ways else later
+        return sees
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask over the keys that `SinkLayer.update` returns: `[rows, 1, length, num_keys]`."""
@@ -246,7 +377,7 @@ class UpdatePlan:
             token = self.tokens(-self.num_recent, device)[:, None]  # [rows, 1, num_recent + length]
             recent = (token >= self.window.num_sinks) & (token <= new) & (token > new - self.window.recent)
             sees = torch.cat([own, recent], dim=-1)
-        return additive_mask(sees[:, None], dtype)
+        return additive_mask(self._with_later(sees, "full_attention")[:, None], dtype)
 
     @functools.cached_property
     def tokens_in_order(self) -> torch.Tensor:
@@ -403,6 +534,9 @@ CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
 
 # 5.0 itself forgets to pass this argument in early exits, so they fail.
 EARLY_EXITS_FAIL = "is_first_iteration" in inspect.signature(AssistedCandidateGenerator.get_candidates).parameters
+
+# The method by which `generate`, from 5.3 on, makes positions before its loop.
+MAKES_POSITIONS = tuple(vars(transformers.GenerationMixin).keys() & {"_prepare_position_ids_for_generation"})
 
 # Decoding modes that the release loads from repositories of the Hub, by the argument that asks for each.
 MOVED_MODES = {}
@@ -1573,6 +1707,12 @@ def _is_plain(value: Any, types: Sequence[type] = (bool, int, float, str)) -> bo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def path_to_decoder(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that lead to the model's decoder, which holds its embeddings, and of that; or none."""
+    embeddings = model.get_input_embeddings()
+    return next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])[:-1]
+
+
 def shared_path(model: PreTrainedModel) -> Any:
     """A stand-in for `model`, and for the modules around its decoder: what runs set on them does not reach the model.
 
@@ -1580,15 +1720,29 @@ def shared_path(model: PreTrainedModel) -> Any:
     the count of tokens. That prompt may be another conversation's. In a stream, and while a model is read, they don't
     differ.
     """
-    embeddings = model.get_input_embeddings()
-    names = next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
     holders = [shared(model)]
-    for name in names[:-2]:  # the last two are the decoder and its embeddings
+    for name in path_to_decoder(model)[:-1]:
         inner = shared(holders[-1]._modules[name])
         vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
         holders.append(inner)
     _count_tokens_alone(holders, input_device(model))
     return holders[0]
+
+
+def set_decoder(stand_in: Any, path: list[str], decoder: Any) -> None:
+    """Have `decoder` in the place of the decoder of a stand-in by `shared_path`, which `path` leads to."""
+    *names, last = path
+    for name in names:
+        stand_in = stand_in._modules[name]
+    vars(stand_in)["_modules"] = {**stand_in._modules, last: decoder}
+
+
+def calling(module: torch.nn.Module, call: Callable) -> Any:
+    """A stand-in for a module that runs `call` with the arguments of its forward, by name, and no hooks."""
+    names, stand_in = list(inspect.signature(module.forward).parameters), shared(module)
+    # `Module.__call__` calls this instead of the hooks and the forward.
+    vars(stand_in)["_compiled_call_impl"] = lambda *args, **kwargs: call(**dict(zip(names, args)), **kwargs)
+    return stand_in
 
 
 def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
@@ -1763,7 +1917,7 @@ def _rebound_cell(cell: CellType, stand_ins: dict[int, Any], depth: int) -> Cell
 
 # Errors that may come from a model, or from what a file holds for it.
 MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-MODEL_ERRORS += (safetensors.SafetensorError,)
+MODEL_ERRORS += (safetensors.SafetensorError, StopIteration)
 
 # Those that come from the machine: its memory, its devices, its other processes. Not every torch has all.
 _classes = [(torch, "OutOfMemoryError"), (torch, "AcceleratorError"), (torch.distributed, "DistError")]
@@ -1781,9 +1935,14 @@ def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
     try:
         yield
     except MODEL_ERRORS as error:
-        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
+        if is_of_machine(error):
             raise
         raise tell(error) from error
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error is one of the machine, and tells nothing of a model."""
+    return isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS)
 
 
 def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -1954,8 +2113,6 @@ class ModelTraits:
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
         balances_experts: whether it always returns the logits of its routers, and a loss made of them.
-        sees_ahead: the types of tokens that see later ones of their type, as those of an image do: by which input the
-            model is told them, and whether they are other than 0.
         brings_code: see the function of that name.
         inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
     """
@@ -1975,7 +2132,6 @@ class ModelTraits:
     ordered: bool
     counts_places: bool
     balances_experts: bool
-    sees_ahead: frozenset[tuple[str, bool]]
     brings_code: bool
     inverts_masks: bool
 
@@ -2147,7 +2303,6 @@ def _traits(
         ordered=ordered,
         counts_places=ordered or COUNTS_BY_LAYER or brings_code(model) or unscaled_length(model.config) is not None,
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
-        sees_ahead=_sees_ahead(model, rounding),
         brings_code=brings_code(model),
         inverts_masks=not ordered and brings_code(model) and _inverts_masks(model, mask_dtype, rounding),
     )
@@ -2564,24 +2719,6 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
     return _difference(*keys) <= 4 * rounding
 
 
-# The inputs that tell a model the types of tokens.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-
-
-def _sees_ahead(model: PreTrainedModel, rounding: float) -> frozenset[tuple[str, bool]]:
-    """`ModelTraits.sees_ahead`: the types with which two more tokens change what the two before them give."""
-    parameters, tokens, found = inspect.signature(model.forward).parameters, some_tokens(model, 4), set()
-    for name, other in itertools.product(TOKEN_TYPES, (False, True)):
-        if name in parameters:
-            types = torch.full_like(tokens, int(other))
-            together, alone = (
-                _allowed_logits(_run(model, tokens[:, :length], **{name: types[:, :length]})[0]) for length in (4, 2)
-            )
-            if _difference(together[:, :2], alone) > max(1e-5, 4 * rounding):
-                found.add((name, other))
-    return frozenset(found)
-
-
 def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) -> bool:
     """Whether in a mask of four dimensions the model takes 1 for what is seen, and 0 for what is not.
 
@@ -2811,6 +2948,8 @@ def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
 # The inputs of the model
 
 
+# The inputs that tell a model the types of tokens.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # The model's inputs with an entry for each column, and the dimension in which they have it.
 PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, **dict.fromkeys(TOKEN_TYPES, 1)}
 PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
@@ -2859,23 +2998,6 @@ def _holds_numbers(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() > 0
     return len(value) > 0 if isinstance(value, dict) else isinstance(value, list) and any(map(_holds_numbers, value))
-
-
-# The settings that name the tokens which stand for an image or the like.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-PLACEHOLDERS += ("audio_token_id", "audio_token_index")
-
-
-def end_of_media(config: Any, input_ids: torch.Tensor) -> Optional[int]:
-    """The column after the last of `input_ids` (`[batch, length]`) that stands for an image or the like.
-
-    0 if none does; None if the configuration does not name such tokens.
-    """
-    named = {getattr(config, name, None) for name in PLACEHOLDERS} - {None}
-    if not named:
-        return None
-    stand_in = torch.isin(input_ids, torch.tensor(sorted(named), dtype=torch.long, device=input_ids.device))
-    return max(stand_in.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3065,41 +3187,6 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
         )
 
 
-def refuse_media(model: PreTrainedModel, inputs: dict[str, Any], given: list[str], chunks: list[slice]) -> None:
-    """Raise ValueError if a prompt has images or the like that can't be streamed.
-
-    Args:
-        inputs: the model's.
-        given: the arguments of `generate` that hold images or the like.
-        chunks: those in which the prompt goes in.
-    """
-    media = list(media_inputs(inputs))
-    dropped = [name for name in given if name not in media]
-    if not media and not dropped:
-        return
-    named = f"Images or the like ({', '.join(dropped or media)})"
-    if has_positions_of_axes(model):
-        raise ValueError(
-            f"{named} can't be streamed with this model: it gives them positions of several axes, and a stream moves "
-            "its sinks by as many as there are tokens. Pass a prompt of text."
-        )
-    if dropped:
-        raise ValueError(
-            f"{named} must come with the first prompt of a conversation: transformers {transformers.__version__} "
-            "leaves them out of a later one, with any cache. Begin a new conversation, or update transformers."
-        )
-    if len(chunks) > 1:
-        raise ValueError(
-            f"{named} must come with a prompt that goes in at once: this one goes in {len(chunks)} chunks, the first "
-            f"of {chunks[0].stop} tokens. Pass a shorter prompt, or a greater `window_length`."
-        )
-    if inputs.get("position_ids") is None:
-        raise ValueError(
-            f"{named} can't be streamed with this model: it chooses their positions where a stream can't see them. "
-            "Pass a prompt of text."
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stream: a bound cache at work
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3262,38 +3349,99 @@ def digest_of(ids: torch.Tensor, first: int, pads: list[int]) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SeenMedia:
-    """The images or the like of a conversation up to a prompt, by which those that come again are known.
+    """An image or the like, or a part of it, in neighbouring columns: their embeddings are not those of their ids.
 
     Args:
-        entries: of each input of the model, how many entries it has had in all, and their CRC-32.
-        end: the column after the last token that stands for one.
+        start, end: the first column, and the one after the last.
+        digest: float32 `[batch, 8]` on the CPU, made of these embeddings, by which it is known again.
     """
 
-    entries: dict[str, tuple[int, int]]
+    start: int
     end: int
-
-    @classmethod
-    def of(cls, media: dict[str, Any], end: int, before: "Optional[SeenMedia]" = None) -> "Optional[SeenMedia]":
-        """Those of `media`, after those `before`; None if they are no tensors, or others than before."""
-        entries = {name: (0, 0) for name in media} if before is None else before.entries
-        if entries.keys() != media.keys() or not all(isinstance(value, torch.Tensor) for value in media.values()):
-            return None
-        return cls({name: cls._joined(entries[name], value) for name, value in media.items()}, end)
+    digest: torch.Tensor
 
     @staticmethod
-    def _joined(before: tuple[int, int], entries: torch.Tensor) -> tuple[int, int]:
-        """The number and the CRC-32 with more `entries`, `[number, ...]`."""
-        numbers = entries.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return before[0] + len(entries), zlib.crc32(numbers, before[1])
+    def all_in(embeddings: torch.Tensor, of_ids: torch.Tensor, start: int) -> "list[SeenMedia]":
+        """Those of a prompt from column `start` on.
 
-    def new_in(self, media: dict[str, Any]) -> Optional[dict[str, torch.Tensor]]:
-        """What of `media` comes after all that was seen, empty if nothing does; None if that does not come first."""
-        firsts = {name: value[: self.entries.get(name, (0,))[0]] for name, value in media.items()}
-        first = SeenMedia.of(firsts, self.end)
-        if first is None or first.entries != self.entries:
-            return None
-        new = {name: value[self.entries[name][0] :] for name, value in media.items()}
-        return {name: value for name, value in new.items() if len(value) > 0}
+        Args:
+            embeddings: `[batch, length, hidden size]`, what the decoder gets.
+            of_ids: the same as the ids alone give it.
+        """
+        differ = (embeddings != of_ids).any(-1)
+        columns = differ.any(0).nonzero().flatten().tolist()
+        firsts = [column for column, before in zip(columns, [None, *columns]) if before != column - 1]
+        lasts = [column for column, after in zip(columns, [*columns[1:], None]) if after != column + 1]
+        generator = torch.Generator("cpu").manual_seed(0)
+        directions = torch.randn(embeddings.shape[-1], 8, generator=generator, dtype=torch.float32, device="cpu")
+        places = torch.arange(start, start + embeddings.shape[1], dtype=torch.float32, device=embeddings.device)
+        seen = (embeddings.float() * differ[..., None]) @ directions.to(embeddings.device) * places.cos()[:, None]
+        return [
+            SeenMedia(start + first, start + last + 1, seen[:, first : last + 1].sum(1).cpu())
+            for first, last in zip(firsts, lasts)
+        ]
+
+    def is_like(self, other: "SeenMedia", rounding: float) -> bool:
+        """Whether both are the same, in the same columns, but for the relative `rounding` of their embeddings."""
+        if (self.start, self.end, self.digest.shape) != (other.start, other.end, other.digest.shape):
+            return False
+        apart, size = (self.digest - other.digest).norm(dim=-1), other.digest.norm(dim=-1)
+        return bool((apart <= max(1e-3, 4 * rounding) * size).all())
+
+    def with_rows(self, indices: torch.Tensor) -> "SeenMedia":
+        """The same of a batch whose row `i` is row `indices[i]` here."""
+        return replace(self, digest=self.digest.index_select(0, indices.cpu()))
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """Which columns of a prompt see later ones, as those of an image do in some models.
+
+    Args:
+        start: the first column.
+        until: for the kinds of layers, or None for all alike, int64 `[rows, length]` on the CPU: for each column the
+            one after the last that it sees.
+    """
+
+    start: int
+    until: dict[Optional[str], torch.Tensor]
+
+    @classmethod
+    def of(cls, start: int, attention_mask: Any) -> "Ahead":
+        """That of the mask which a model makes for a prompt without a cache.
+
+        Args:
+            start: the column of the first.
+            attention_mask: `[batch, heads, length, length]` of booleans, or additive; or one for each kind of layer.
+
+        Raises:
+            ValueError: a column sees later ones, but not those that come next.
+        """
+        masks = attention_mask if isinstance(attention_mask, dict) else {None: attention_mask}
+        until = {}
+        for kind, mask in masks.items():
+            if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+                continue
+            later = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1).triu(1)
+            columns = torch.arange(later.shape[1], dtype=torch.long, device=later.device)
+            ends = torch.where(later, columns, columns[:, None]).amax(-1) + 1
+            if not torch.equal(later, (columns < ends[:, :, None]) & (columns > columns[:, None])):
+                raise ValueError("tokens of this prompt see later ones, but not those that come next")
+            until[kind] = ends.cpu() + start
+        return cls(start, until)
+
+    def in_columns(self, start: int, length: int) -> dict[Optional[str], torch.Tensor]:
+        """`until` of these columns, for the kinds of layers where one of them sees a later one."""
+        columns = slice(start - self.start, start - self.start + length)
+        until = {kind: ends[:, columns] for kind, ends in self.until.items()}
+        themselves = torch.arange(start + 1, start + length + 1, dtype=torch.long, device="cpu")
+        return {kind: ends for kind, ends in until.items() if ends.shape[1] == length and (ends > themselves).any()}
+
+    def cuts(self, start: int, length: int) -> list[int]:
+        """After how many of `length` columns from `start` on an update may end: no column sees one of the next."""
+        ends = [ends[:, start - self.start :].amax(0).cummax(0).values for ends in self.until.values()]
+        until = torch.stack(ends).amax(0).tolist() if ends else [start] * length
+        return [number for number in range(1, length + 1) if until[number - 1] <= start + number]
 
 
 MOST_IN_A_CHUNK = 256  # tokens, by default
@@ -3353,10 +3501,13 @@ class Stream:
         ceiling: positions given to the model stay below it; see `position_ceiling`.
         pads: `[rows]`, the columns of left padding.
         padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
-        offsets: `[rows]`, by how much positions are lower than the counts of tokens. Keys follow before they are next
-            used: see `follow_offsets`.
+        offsets: `[rows]`, by how much positions are lower than the counts of tokens, or `positions`. Keys follow before
+            they are next used: see `follow_offsets`.
+        positions: those of the tokens, maybe also of some to come; None if these are their numbers.
         transcript: what is known of their ids.
-        media: after each prompt with images or the like, those up to it.
+        media: the images or the like in the columns seen, and maybe in some after these.
+        ahead: which columns of the prompt that is going in see later ones; None if none do.
+        axes: its first column, and the positions of all, `[axes, rows, length]`, where these are not numbers.
         plan: the latest update; None where nothing of it matters any more.
         compiled: what steps of compiled code are given; None where the next update is none.
     """
@@ -3367,7 +3518,10 @@ class Stream:
         self.ceiling = position_ceiling(window, traits, self.layers)
         self.pads, self.padding_known, self.offsets = [0], False, [0]
         self.transcript = Transcript()
+        self.positions: Optional[Positions] = None
         self.media: list[SeenMedia] = []
+        self.ahead: Optional[Ahead] = None
+        self.axes: Optional[tuple[int, torch.Tensor]] = None
         self.plan: Optional[UpdatePlan] = None
         self.compiled: Optional[CompiledSteps] = None
 
@@ -3483,7 +3637,7 @@ class Stream:
     def begin(self, batch_size: int, pads: list[int]) -> None:
         """Take over the padding of a batch before its first token; raise if later ones are of another batch."""
         if self.seen == 0:
-            vars(self).update(pads=pads, offsets=[0] * len(pads), plan=None)
+            vars(self).update(pads=pads, offsets=[0] * len(pads), positions=None, media=[], plan=None)
         elif self.batch_size != batch_size:
             raise ValueError(
                 f"`{CACHE}` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
@@ -3499,7 +3653,8 @@ class Stream:
     def plan_update(self, start: int, length: int) -> UpdatePlan:
         """The plan of `length` new columns after `start`. The first layer that asks makes it, for all of them."""
         if self.plan is None or (self.plan.start, self.plan.length) != (start, length):
-            self.plan = UpdatePlan(self.window, start, length, self.pads, self.offsets)
+            sees_until = None if self.ahead is None else self.ahead.in_columns(start, length)
+            self.plan = UpdatePlan(self.window, start, length, self.pads, self.offsets, self.positions, sees_until)
         return self.plan
 
     def most_at_once(self, start: int) -> int:
@@ -3554,12 +3709,65 @@ class Stream:
                 "in faster."
             )
         ends = list(itertools.accumulate(sizes))
-        return [slice(end - size, end) for size, end in zip(sizes, ends)]
+        if self.ahead is not None:
+            ends = self._ends_that_cut_nothing(ends, length - least_last)
+        return [slice(before, end) for before, end in zip([0, *ends], ends)]
 
-    def natural_positions(self, length: int) -> torch.Tensor:
-        """Which tokens the next `length` columns are, negative for padding: int64 `[rows, length]` on the CPU."""
-        pads = torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None]
-        return torch.arange(self.seen, self.seen + length, dtype=torch.long, device="cpu") - pads
+    def _ends_that_cut_nothing(self, ends: list[int], latest: int) -> list[int]:
+        """Ends of updates like these, none of them between a column and a later one that it sees.
+
+        An update ends sooner for that; or later, if it would have no column left.
+
+        Args:
+            ends: ascending, the last one that of the prompt.
+            latest: after how many columns the last but one may end.
+
+        Raises:
+            ValueError: an update would have more columns than a forward pass can take.
+        """
+        cuts, kept = self.ahead.cuts(self.seen, ends[-1]), [0]
+        for end in ends[:-1]:
+            sooner = [cut for cut in cuts if kept[-1] < cut <= end]
+            later = [cut for cut in cuts if end < cut <= latest]
+            if end > kept[-1] and (sooner or later):
+                kept.append(sooner[-1] if sooner else later[0])
+        kept.append(ends[-1])
+        longest = max(end - before for before, end in zip(kept, kept[1:]))
+        if longest > self.most_at_once(self.seen + ends[-1]):
+            raise ValueError(
+                f"`input_ids` have {longest} tokens of which some see later ones, as those of an image do, so that all "
+                f"come at once. That is more than the {self.most_at_once(self.seen + ends[-1])} that this model can "
+                "take. Pass a smaller image."
+            )
+        return kept[1:]
+
+    def natural_positions(self, length: int, start: Optional[int] = None) -> torch.Tensor:
+        """The positions of `length` columns from `start` on, by default the next ones. They are negative for padding.
+
+        Returns:
+            int64 `[rows, length]` on the CPU; or `[axes, rows, length]` in a prompt where they differ by axis.
+        """
+        start = self.seen if start is None else start
+        columns = torch.arange(start, start + length, dtype=torch.long, device="cpu")
+        if self.axes is not None and start + length <= self.axes[0] + self.axes[1].shape[-1]:
+            return self.axes[1][..., start - self.axes[0] :][..., :length]
+        if self.positions is not None:
+            return self.positions.of(columns[None])
+        return columns - torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None]
+
+    def place(self, positions: torch.Tensor) -> None:
+        """Have the next columns, which are those of a prompt, at `positions`, int64 `[axes, rows, length]`, no numbers.
+
+        Rows of which each has positions of its own are counted one by one, as rows with padding of their own are.
+        """
+        if (positions == positions[:, :1]).all():
+            positions = positions[:, :1]
+        known = self.positions or Positions.of_numbers(max(self.seen, 1), self.pads)
+        known, start = known.followed_by(self.seen, positions), self.seen
+        rows = len(known.least)
+        if len(self.pads) < rows:
+            vars(self).update(pads=self.pads * rows, offsets=self.offsets * rows)
+        vars(self).update(positions=known, axes=(start, positions), plan=None)
 
     def refuse_other_positions(self, positions: Optional[torch.Tensor]) -> None:
         """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one a token."""
@@ -3588,7 +3796,7 @@ class Stream:
         if self.traits.ordered:
             return self._inputs_in_order(inputs, plan, tokens, caller)
         plan.caller = caller
-        positions = inputs.get("position_ids")
+        positions = inputs.get("position_ids") if self.positions is None else None
         if positions is None:
             positions = self.natural_positions(plan.length).clamp(min=0).to(tokens.device)
         if any(self.offsets):
@@ -3626,38 +3834,7 @@ class Stream:
 
     def _replaces_mask(self, plan: UpdatePlan) -> bool:
         """Whether the model is given a mask for an update, in place of the one that it makes by itself."""
-        return any(self.pads) or plan.evicts or self.is_indexed
-
-    def types_of_prompt(self, inputs: dict[str, Any], chunks: list[slice]) -> dict[str, torch.Tensor]:
-        """The types of tokens that the model is told for its `inputs` of a prompt: int64 `[batch, columns]` each.
-
-        Models have tokens see later ones by their own mask, for which they look types up by the columns of the
-        conversation. So where some types do so, all come with columns for those seen too, as of no type.
-
-        Raises:
-            ValueError: tokens are to see later ones where the model's mask is replaced, or in another chunk.
-        """
-        length = new_tokens(inputs).shape[1]
-        types = {name: inputs[name][:, -length:] for name in TOKEN_TYPES if inputs.get(name) is not None}
-        ahead = [name for name, new in types.items() if length > 1 and self._see_ahead(name, new)]
-        plan = UpdatePlan(self.window, self.seen, length, self.pads, self.offsets)
-        if ahead and (len(chunks) > 1 or self._replaces_mask(plan)):
-            reason, remedy = f"the rows are padded, by {self.pads} columns", "Pass rows of one length, or one at a time"
-            if len(chunks) > 1 or plan.evicts:
-                reason = f"the {length} new tokens don't fit into the window of {self.window.length} at once"
-                remedy = "Pass a shorter prompt, or a greater `window_length`"
-            raise ValueError(
-                f"`{ahead[0]}` can't be streamed here: it has tokens see later ones, as those of an image do, and "
-                f"{reason}, for which a stream gives the model a mask in which no token sees a later one. {remedy}."
-            )
-        by_columns = {name for name, _ in self.traits.sees_ahead} if length > 1 else set()
-        return types | {
-            name: torch.nn.functional.pad(types[name], (self.seen, 0)) for name in types.keys() & by_columns
-        }
-
-    def _see_ahead(self, name: str, types: torch.Tensor) -> bool:
-        """Whether tokens of these `types` (`[batch, length]`, the model's input `name`) see later ones."""
-        return any(bool(((types != 0) == other).any()) for each, other in self.traits.sees_ahead if each == name)
+        return any(self.pads) or plan.evicts or self.is_indexed or bool(plan.sees_until)
 
     def _masks(self, model: PreTrainedModel, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
         """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
@@ -3677,7 +3854,7 @@ class Stream:
         mask = None
         one_count = not COUNTS_BY_LAYER and self._counts_places and plan.place != plan.start
         by_kind = any(layer.has_kind for layer in self.layers) and (
-            any(self.pads) or plan.sees_copies or one_count or self.is_indexed
+            any(self.pads) or plan.sees_copies or one_count or self.is_indexed or bool(plan.sees_until)
         )
         # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
         leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
@@ -3704,13 +3881,13 @@ class Stream:
 
         None where a new token sees all keys. However many columns were seen, it takes as long.
         """
-        num_keys, in_chunks = num_keys_of(layer, plan.length), kind == "chunked_attention"
+        num_keys = num_keys_of(layer, plan.length)
         padded = plan.end - num_keys < max(self.pads)
         if not takes_masks(model):  # flash attention slides by itself, and takes a mask of padding
             return (plan.tokens(plan.length - num_keys, tokens.device) >= 0).expand(len(tokens), -1) if padded else None
-        if plan.length == 1 and not padded and not in_chunks:
+        if plan.length == 1 and not padded and kind != "chunked_attention":
             return None
-        return plan.local_mask(layer.sliding_window, in_chunks, num_keys, self.traits.mask_dtype, tokens.device)
+        return plan.local_mask(kind, layer.sliding_window, num_keys, self.traits.mask_dtype, tokens.device)
 
     def lower_positions_if_needed(self, length: int) -> None:
         """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
@@ -3719,9 +3896,12 @@ class Stream:
         the window. Keys may lie at negative positions: the model is given those of the new tokens only.
         """
         plan = self.plan_update(self.seen, length)
+        nexts, ends = plan.seen, [seen + new for seen, new in zip(plan.seen, plan.num_new)]
+        if self.positions is not None and plan.start > 0:
+            nexts, ends = self.positions.after(plan.start), self.positions.after(plan.end)
         lower_by = [
-            seen - offset if seen > self.window.num_sinks and seen - offset + new > self.ceiling else 0
-            for seen, new, offset in zip(plan.seen, plan.num_new, self.offsets)
+            next_one - offset if seen > self.window.num_sinks and end - offset > self.ceiling else 0
+            for seen, next_one, end, offset in zip(plan.seen, nexts, ends, self.offsets)
         ]
         if any(lower_by):
             offsets = [offset + distance for offset, distance in zip(self.offsets, lower_by)]
@@ -3780,7 +3960,7 @@ class Stream:
         trained = self.traits.trained_length
         if self._is_torn(plan):
             reason = "it was left in the middle of a forward pass by an error"
-        elif any(self.pads) or any(self.offsets):
+        elif any(self.pads) or any(self.offsets) or self.positions is not None:
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
         elif self.traits.ordered:
             if not plan.evicts:
@@ -3821,7 +4001,7 @@ class Stream:
 
     def leave(self) -> None:
         """At the end of a call, whatever ended it: nothing that follows belongs to its last update."""
-        self.compiled = None
+        self.compiled = self.ahead = self.axes = None
         if self._shows_progress:
             self.plan = None
 
@@ -3838,6 +4018,8 @@ class Stream:
         stream = shared(self)
         stream._set_layers([layer.with_rows(indices, rings) for layer in self.layers])
         stream.transcript, stream.plan, stream.compiled = self.transcript.with_rows(indices), None, None
+        stream.media = [media.with_rows(indices) for media in self.media]
+        stream.positions = None if self.positions is None else self.positions.with_rows(indices)
         stream.pads = numbers_of_rows(self.pads, indices)
         stream.offsets = numbers_of_rows(self.offsets, indices)
         return stream
@@ -3903,7 +4085,9 @@ class Stream:
         for layer in self.layers:
             layer.take_back(end, self.pads)
         self.transcript = self.transcript.up_to(end)
-        self.media = [seen for seen in self.media if seen.end <= end]
+        self.media = [media for media in self.media if media.start < end]
+        if self.positions is not None and end < self.positions.end:
+            self.positions = self.positions.up_to(end)
         self.plan = None
 
     # The conversation
@@ -3920,6 +4104,8 @@ class Stream:
             removable = max(layer.undo.columns for layer in self.sink_layers)
             first = self.seen - max(removable, self.window.length)
         self.transcript = self.transcript.up_to(self.seen).digested_before(first, self.pads)
+        if self.positions is not None:
+            self.positions = self.positions.from_column(first - self.window.length, self.window, self.pads)
 
     def refuse_other_ids(self, input_ids: torch.Tensor, end: int) -> None:
         """Raise if `input_ids`, which end before column `end`, differ from what is known of the tokens seen."""
@@ -3929,27 +4115,16 @@ class Stream:
                 "`SinkCache` has seen. To start another one, `reset()` it."
             )
 
-    def new_media(self, media: dict[str, Any], config: Any, new_ids: torch.Tensor) -> dict[str, Any]:
-        """What of `media` belongs to new tokens: a processor of the whole conversation hands over all of it each time.
-
-        Args:
-            config: the model's.
-            new_ids: int64 `[batch, length]`.
-
-        Raises:
-            ValueError: no new token stands for what is new.
-        """
-        new, end = self.media[-1].new_in(media) if self.media else None, end_of_media(config, new_ids)
-        if new == {} and end == 0:
-            return {}
-        if end == 0:
+    def refuse_other_media(self, media: list[SeenMedia], start: int) -> None:
+        """Raise if the images or the like in a conversation, passed from column `start` on, are not those seen."""
+        seen = [each for each in self.media if start <= each.start < self.seen]
+        passed = [each for each in media if each.start < self.seen]
+        alike = (one.is_like(other, self.traits.rounding) for one, other in zip(seen, passed))
+        if len(seen) != len(passed) or not all(alike):
             raise ValueError(
-                f"Images or the like ({', '.join(media)}) must come with the tokens that stand for them, but no new "
-                f"token does, and they are not those that the `SinkCache` in `{CACHE}` was given before. Leave them "
-                "out to go on, or `reset()` it to start another conversation."
+                "Images or the like of the conversation, passed again with its tokens, are not those that the "
+                f"`SinkCache` in `{CACHE}` was given before. `reset()` it to start another conversation."
             )
-        # Of several rows, those of the first have their new ones before the others' old ones.
-        return new if new and len(new_ids) == 1 else media
 
     def end_in_common(self, kwargs: dict[str, Any]) -> int:
         """After which of the columns seen the conversation in the arguments of `generate` goes on.
@@ -4100,10 +4275,14 @@ class UnboundLayers:
 #     frequencies.0, ...        by which the keys of the layers rotate
 #     fingerprint               of the model
 #     latest_ids, digest        of the transcript, as far as it has some; files of version 1 have no digest
+#     least, largest, behind_sinks    of `Positions`, where a conversation has some
+#     media                     the digests of images or the like; files of version 2 have neither these nor positions
 #
 # Its metadata has one entry, `sink_cache`: the state of the stream, a JSON object. The `checksum` in it covers the rest
 # of the state and all tensors, so that any damage shows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+MOST_HEADER = 10**8  # bytes, by the format of safetensors
 
 OTHER_MODEL = (
     "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
@@ -4127,6 +4306,10 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     stream.trim_transcript()
     transcript = stream.transcript
     tensors = {"fingerprint": stream.traits.fingerprint, "latest_ids": transcript.ids, "digest": transcript.digest}
+    if stream.positions is not None:
+        tensors |= {name: getattr(stream.positions, name) for name in ("least", "largest", "behind_sinks")}
+    if stream.media:
+        tensors["media"] = torch.stack([media.digest for media in stream.media])
     # Layers may share their frequencies, but safetensors takes no tensors that share memory.
     tensors |= {name: each.frequencies.clone() for name, each in _rotations_by_name(stream.traits).items()}
     for layer_idx, layer in enumerate(stream.layers):
@@ -4145,6 +4328,8 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "offsets": stream.offsets,
         "latest_end": transcript.end,
         "digested": transcript.digested,
+        "positions_start": None if stream.positions is None else stream.positions.start,
+        "media": [[media.start, media.end] for media in stream.media],
     }
     return state | {"checksum": _checksum(state, tensors)}, tensors
 
@@ -4162,6 +4347,10 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
     ids = tensors.get("latest_ids")
     parts = () if ids is None else ((state["latest_end"] - ids.shape[1], ids),)
     stream.transcript = Transcript(state.get("digested", 0), tensors.get("digest"), parts)
+    if state.get("positions_start") is not None:
+        least, largest, behind_sinks = (tensors.get(name) for name in ("least", "largest", "behind_sinks"))
+        stream.positions = Positions(state["positions_start"], least, largest, behind_sinks)
+    stream.media = [SeenMedia(*columns, tensors["media"][each]) for each, columns in enumerate(state.get("media", []))]
     for layer_idx, layer in enumerate(stream.layers):
         suffix = f".{layer_idx}"
         own = {name: tensor.to(device) for name, tensor in tensors.items() if name.endswith(suffix)}
@@ -4232,15 +4421,14 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
     """
     wanted = f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}"
     with telling(lambda error: ValueError(f"{wanted}: {error}")):  # also of a torch that doesn't know a dtype
-        with safetensors.safe_open(path, "pt") as file:
-            if "sink_cache" not in (file.metadata() or {}):
-                raise ValueError("its metadata has no entry `sink_cache`")
-        # Read all at once. safetensors opens a file again for its tensors, and `save` may replace it in between.
+        # By hand, because safetensors opens a file several times, and `save` may replace it in between.
         with open(path, "rb") as file:
-            content = file.read()
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return header["__metadata__"]["sink_cache"], tensors
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < MOST_HEADER else None
+            if not isinstance(header, dict) or "sink_cache" not in header.get("__metadata__", {}):
+                raise ValueError("its metadata has no entry `sink_cache`")
+            file.seek(0)
+            return header["__metadata__"]["sink_cache"], safetensors.torch.load(file.read())
 
 
 def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -4980,14 +5168,61 @@ class Prompt:
         columns_not_passed: how many of the first of them `input_ids` leave out.
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
-        media: the images or the like that the stream will have seen after it, if there are new ones.
     """
 
     columns: int = 0
     columns_not_passed: int = 0
     mask_given: bool = False
     embeddings: Optional[torch.Tensor] = None
-    media: Optional[SeenMedia] = None
+
+
+class _Caught(Exception):
+    """Ends a forward pass before its decoder, whose arguments it has."""
+
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+
+
+# What a decoder is handed down with an entry for each column of the prompt, in dimension 1, and what of it is marked
+# there: for each mark, row by row, a tensor in a list has an entry.
+HANDED_PER_COLUMN = ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", *TOKEN_TYPES)
+HANDED_BY_MARKS = {"deepstack_visual_embeds": "visual_pos_masks"}
+# And what a stream has its own of.
+HANDED_AND_LEFT = ("input_ids", "attention_mask", "position_ids", "cache_position", CACHE, OLDER_NAME)
+
+
+@dataclass(frozen=True, eq=False)
+class HandedDown:
+    """What the modules around a decoder, as a tower for images, hand down to it for a prompt.
+
+    Args:
+        start: the first column of the prompt.
+        arguments: of the decoder, by name.
+    """
+
+    start: int
+    arguments: dict[str, Any]
+
+    @property
+    def unknown(self) -> list[str]:
+        """The names of tensors of which is not known what they have for which column."""
+        known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_AND_LEFT}
+        return [name for name, value in self.arguments.items() if name not in known and _holds_numbers(value)]
+
+    def of_columns(self, start: int, end: int) -> dict[str, Any]:
+        """The arguments for these columns, but for what the stream gives."""
+        columns = slice(start - self.start, end - self.start)
+        given = {name: value for name, value in self.arguments.items() if name not in HANDED_AND_LEFT}
+        for name, of_marks in HANDED_BY_MARKS.items():
+            marks = given.get(of_marks)
+            if given.get(name) is not None and marks is not None:
+                chosen = torch.zeros_like(marks)
+                chosen[:, columns] = True
+                given[name] = [entries[chosen[marks].to(entries.device)] for entries in given[name]]
+        for name in HANDED_PER_COLUMN:
+            if given.get(name) is not None:
+                given[name] = given[name][:, columns]
+        return given
 
 
 class StreamedCall:
@@ -5019,10 +5254,13 @@ class StreamedCall:
 
     Attributes:
         stand_in: what the decoding loop runs on.
+        path_to_decoder, decoder: see the function of that name; the model itself if there is no path.
         stream: the cache at work.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
         phase: what the loop is at.
         prompt: what it got.
+        arguments: what the loop got, of a prompt with images or the like whose positions the model makes before it.
+        handed: what the decoder is given of the prompt in place of what its tokens alone would be; None if nothing is.
         kept_at: after how many columns the conversation is kept next; None if it isn't.
         compiles: whether single tokens go in by compiled code, of transformers or of the user.
         uncompiled: what runs the model otherwise, if the user compiled it as a whole.
@@ -5036,6 +5274,7 @@ class StreamedCall:
         "_get_stopping_criteria",
         "_valid_auto_compile_criteria",
         "_validate_model_kwargs",
+        *MAKES_POSITIONS,
     )
 
     def __init__(
@@ -5047,6 +5286,8 @@ class StreamedCall:
         assisted: bool = False,
         keeper: Optional[Keeper] = None,
     ):
+        self.path_to_decoder = path_to_decoder(model)
+        self.decoder = model.get_submodule(".".join(self.path_to_decoder))
         # The model's own methods set things on it too.
         self.model = model = shared_path(model)
         self.cache, self.chunk_size, self.progress = cache, chunk_size, progress
@@ -5058,7 +5299,7 @@ class StreamedCall:
         for name in self.REPLACED:
             vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
-        self.phase, self.prompt = Phase.BEFORE, Prompt()
+        self.phase, self.prompt, self.handed, self.arguments = Phase.BEFORE, Prompt(), None, None
         self.uncompiled = uncompiled_code(model)
         self.compiles = not assisted and self._can_step_in_tensors and is_compiled(model)
 
@@ -5112,32 +5353,24 @@ class StreamedCall:
                 stream.take_back(end)
             mask_given = given.get("attention_mask") is not None
             self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"))
-            model_kwargs = self._with_new_media(model_kwargs, prompt_ids(given))
             self.phase = Phase.PROMPT
             if stream.seen > 0 or not is_text(model_kwargs):
                 self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
-    def _with_new_media(self, model_kwargs: dict[str, Any], ids: Optional[torch.Tensor]) -> dict[str, Any]:
-        """The arguments of the loop without the images or the like that the stream has seen; see `Stream.new_media`."""
-        media, stream, not_passed = media_inputs(model_kwargs), self.stream, self.prompt.columns_not_passed
-        if not media or ids is None:
-            return model_kwargs
-        if stream.seen > 0:
-            new = stream.new_media(media, self.model.config, ids[:, stream.seen - not_passed :])
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in media} | new
-            media = new
-        if media:
-            end = end_of_media(self.model.config, ids)
-            end = not_passed + end if end else self.prompt.columns
-            seen = SeenMedia.of(media, end, stream.media[-1] if stream.media else None)
-            self.prompt = replace(self.prompt, media=seen)
-        return model_kwargs
-
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As ever, with the cache by the name that the model has for it."""
         named = {self.takes_cache_as if name == CACHE else name: value for name, value in model_kwargs.items()}
         self.model._validate_model_kwargs(named)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """As ever; of a prompt with images or the like, they are made later, of what is passed and nothing kept."""
+        if not media_inputs(model_kwargs) or model_kwargs.get(CACHE) is not self.cache:
+            return self.model._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        own = type(self.model)._prepare_position_ids_for_generation
+        if own is not transformers.GenerationMixin._prepare_position_ids_for_generation:
+            self.arguments = {"input_ids": inputs_tensor} | model_kwargs
+        return None
 
     def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs) -> Any:
         """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
@@ -5206,10 +5439,117 @@ class StreamedCall:
             repeats = len(kwargs["inputs_embeds"]) // len(embeddings)
             kwargs["inputs_embeds"] = embeddings.repeat_interleave(repeats, dim=0)
             kwargs["next_sequence_length"] = new
-        given = list(media_inputs(kwargs)) if stream.seen > 0 else []
+        around = [*media_inputs(kwargs), *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
+        if around:
+            self._hand_down(input_ids, args, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in around}
         inputs = self._own_inputs(input_ids, args, kwargs)
-        inputs = self._last_chunk(inputs, given, new_columns=end - self.prompt.columns)
+        inputs = self._last_chunk(inputs, new_columns=end - self.prompt.columns)
         return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE)
+
+    def _hand_down(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run what is around the decoder on a prompt with images or the like, and have the decoder get it by chunks.
+
+        It is run on all that was passed, by which images of before are known again. If it fails on that, only the
+        images of new tokens may have been passed, and it is run on these.
+        """
+        stream, first = self.stream, self.prompt.columns_not_passed
+        failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {list(media_inputs(kwargs))}"
+        with telling(lambda error: ValueError(f"{failed}: {error}")):
+            try:
+                handed = self._caught(input_ids, first, args, kwargs)
+            except MODEL_ERRORS as error:
+                if is_of_machine(error) or not first < stream.seen:
+                    raise
+                handed = self._caught(input_ids, stream.seen, args, kwargs)
+            stream.ahead = Ahead.of(handed.start, handed.arguments.get("attention_mask"))
+        embeddings = handed.arguments.get("inputs_embeds")
+        if handed.unknown and handed.start < stream.seen:
+            raise ValueError(
+                f"`input_ids` must be the new tokens alone, with the `attention_mask` of all, and their images: this "
+                f"model hands {handed.unknown} down to its decoder, of which is not known what belongs to which token."
+            )
+        if embeddings is not None and self.prompt.embeddings is None and media_inputs(kwargs):
+            ids = input_ids[:, handed.start - first :].clamp(max=vocabulary(self.model) - 1)
+            media = SeenMedia.all_in(embeddings, self.model.get_input_embeddings()(ids), handed.start)
+            stream.refuse_other_media(media, handed.start)
+            stream.media = [each for each in stream.media if each.start < handed.start] + media
+        stream.plan, self.handed = None, handed
+        self._place(handed.arguments.get("position_ids"))
+        set_decoder(self.stand_in, self.path_to_decoder, calling(self.decoder, self._decode))
+
+    def _place(self, positions: Optional[torch.Tensor]) -> None:
+        """Place new columns at the `positions` that were handed down, `[..., batch, length]`, if they aren't numbers.
+
+        They were made as of a conversation that begins with the first column handed down.
+        """
+        stream, handed = self.stream, self.handed
+        if positions is None or (positions.diff() == 1).all():
+            return
+        positions = positions.view(-1, *positions.shape[-2:]).to("cpu", torch.long)
+        if len(positions) == 4 and (positions[0].diff() == 1).all():  # the first are numbers, and for no rotation
+            positions = positions[1:]
+        first = -torch.tensor(stream.pads, dtype=torch.long, device="cpu")[:, None]
+        if handed.start > 0:
+            first = stream.natural_positions(1, handed.start)
+        stream.place((positions + first)[..., stream.seen - handed.start :])
+
+    def _caught(self, input_ids: torch.Tensor, start: int, args: tuple, kwargs: dict[str, Any]) -> HandedDown:
+        """What the decoder is handed down for the columns from `start` on, as of a prompt without a cache or a mask.
+
+        Args:
+            input_ids: those from `Prompt.columns_not_passed` on.
+        """
+        ids = input_ids[:, start - self.prompt.columns_not_passed :]
+        types = {name: kwargs[name][:, -ids.shape[1] :] for name in TOKEN_TYPES if kwargs.get(name) is not None}
+        left = (CACHE, "attention_mask", "position_ids", "next_sequence_length")
+        kwargs = {name: value for name, value in kwargs.items() if name not in left} | types
+        set_columns(kwargs, 0, ids.shape[1], ids.device)
+        model = shared_path(self.cache._bound_model)  # what it sets on itself is for nobody else
+        vars(model).update(self.uncompiled)
+        positions = self._positions_around(model, ids, start)
+        kwargs |= {} if positions is None else {"position_ids": positions}
+        mask = torch.ones_like(ids)  # of which some make positions
+        inputs = model.prepare_inputs_for_generation(ids, *args, attention_mask=mask, **kwargs)
+        inputs.pop("attention_mask", None)
+
+        def catch(**arguments) -> None:
+            raise _Caught(arguments)
+
+        set_decoder(model, self.path_to_decoder, calling(self.decoder, catch))
+        try:
+            model(**inputs, return_dict=True)
+        except _Caught as caught:
+            return HandedDown(start, caught.arguments)
+        raise RuntimeError("its decoder was not run")
+
+    def _positions_around(self, model: Any, ids: torch.Tensor, start: int) -> Optional[torch.Tensor]:
+        """The positions of `ids` (`[batch, length]`, from column `start` on) by the model's own rule before the loop.
+
+        None if it has no rule there, but in its forward.
+        """
+        if self.arguments is None:
+            return None
+        given = self.arguments
+        rows, first = len(prompt_ids(given)), start - self.prompt.columns_not_passed
+        passed = prompt_ids(given)[:, first:]
+        types = {name: given[name][:, -passed.shape[1] :] for name in TOKEN_TYPES if given.get(name) is not None}
+        left = (CACHE, "inputs", "input_ids")
+        given = {name: value for name, value in given.items() if name not in left} | types
+        given["attention_mask"] = torch.ones_like(passed)
+        positions = model._prepare_position_ids_for_generation(passed, given)
+        positions = positions.repeat_interleave(len(ids) // rows, dim=-2)
+        more = torch.arange(1, ids.shape[1] - passed.shape[1] + 1, dtype=torch.long, device=ids.device)  # a draft
+        largest = positions.amax((0, -1), keepdim=True) if positions.dim() == 3 else positions.amax(-1, keepdim=True)
+        return torch.cat([positions, (largest + more).expand(*positions.shape[:-1], -1)], dim=-1)
+
+    def _decode(self, **arguments) -> Any:
+        """Run the decoder on an update of a prompt with what was handed down for its columns."""
+        plan, handed = self.stream.plan, self.handed
+        arguments |= handed.of_columns(plan.start, plan.end)
+        if handed.arguments.get("inputs_embeds") is not None:
+            arguments["input_ids"] = None
+        return self.decoder(**arguments)
 
     def _end_of(self, input_ids: torch.Tensor) -> int:
         """The column after `input_ids`, `[batch, length]`, which are all that the loop has."""
@@ -5235,11 +5575,10 @@ class StreamedCall:
             {name: vars(self.model)[name] for name in self.uncompiled} if compiled else self.uncompiled
         )
 
-    def _last_chunk(self, inputs: dict[str, Any], given: list[str], new_columns: int) -> dict[str, Any]:
+    def _last_chunk(self, inputs: dict[str, Any], new_columns: int) -> dict[str, Any]:
         """Run the model on all of a prompt but its last chunk; the inputs of that.
 
         Args:
-            given: see `refuse_media`.
             new_columns: how many columns the loop itself has appended, as the draft of assisted decoding. It needs the
                 logits of these and of the token before them, so they come in one chunk.
         """
@@ -5252,14 +5591,25 @@ class StreamedCall:
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
                 self.kept_at -= ANSWER_PREFIX  # it can't be taken back, so the prompt is kept before it
                 chunks = cut_at(chunks, self.kept_at - stream.seen)
-        refuse_media(self.model, inputs, given, chunks)
-        inputs = inputs | stream.types_of_prompt(inputs, chunks)
-        stream.refuse_other_positions(inputs.get("position_ids"))
+        if self.handed is not None:
+            self._refuse_handed(chunks)
+        if stream.positions is None:
+            stream.refuse_other_positions(inputs.get("position_ids"))
         recording = stream.record_past
         stream.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
         self._prefill(inputs, chunks[:-1])
         stream.record_past = recording
         return inputs if len(chunks) == 1 else slice_inputs(inputs, chunks[-1])
+
+    def _refuse_handed(self, chunks: list[slice]) -> None:
+        """Raise ValueError if what the decoder is handed down can't be streamed in these chunks."""
+        named = "Images or the like can't be streamed"
+        if self.handed.unknown and len(chunks) > 1:
+            raise ValueError(
+                f"{named} in a prompt that goes in by chunks, with this model: it hands {self.handed.unknown} down to "
+                "its decoder, of which is not known what belongs to which token. Pass a shorter prompt, or a greater "
+                "`window_length`."
+            )
 
     def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
         """Run the model on these chunks of its inputs."""
@@ -5287,9 +5637,9 @@ class StreamedCall:
             return kwargs
         self.stream.finish_update()
         self._keep_prompt()
-        if self.prompt.media is not None:
-            self.stream.media = [*self.stream.media, self.prompt.media]
-            self.prompt = replace(self.prompt, media=None)
+        if self.handed is not None:
+            set_decoder(self.stand_in, self.path_to_decoder, self.decoder)
+            self.stream.ahead = self.stream.axes = self.handed = None
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}

@@ -116,3 +116,93 @@ def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest relative difference of any step: both `[steps, vocab_size]`, compared by their norms."""
     assert logits.shape == expected.shape
     return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+@torch.no_grad()
+def oracle_with_images(
+    model: PreTrainedModel, input_ids: torch.Tensor, window_length: int, num_sink_tokens: int, **inputs
+) -> torch.Tensor:
+    """The same for `input_ids` (`[1, length]`) with images: the decoder's inputs of one plain pass are extended.
+
+    The sinks move by how far the oldest recent token is from the first token behind them, in the least of their
+    positions over the axes. Where the model's own mask has tokens see later ones, they do here, and where a layer
+    slides, later ones see them. Sinks may see later ones too, so copies are given what came out for the sinks.
+    """
+    embeddings, length = model.get_input_embeddings(), input_ids.shape[1]
+    decoder = next(module for module in model.modules() if any(child is embeddings for child in module.children()))
+    config, recent = model.config.get_text_config(decoder=True), window_length - num_sink_tokens
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layers = next(module for module in decoder.children() if isinstance(module, torch.nn.ModuleList))
+
+    def put_sinks(module, args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        for start in range(length, states.shape[1], num_sink_tokens or 1):
+            states[:, start : start + num_sink_tokens] = states[:, :num_sink_tokens]
+
+    def extend(module, args, kwargs):
+        positions = kwargs.get("position_ids")
+        positions = torch.arange(length)[None] if positions is None else positions
+        least = positions.view(-1, length)[-3:].amin(0).tolist()
+        plan = [
+            least[token - recent + 1] - least[num_sink_tokens] if token >= window_length else 0
+            for token in range(length)
+        ]
+        moves = sorted({move for move in plan if move}) if num_sink_tokens else []
+        starts = {move: length + number * num_sink_tokens for number, move in enumerate(moves)}
+        total = length + len(moves) * num_sink_tokens
+        part, place = torch.zeros(total, dtype=torch.long), torch.arange(total)
+        for number, start in enumerate(starts.values(), start=1):
+            part[start : start + num_sink_tokens], place[start : start + num_sink_tokens] = (
+                number,
+                torch.arange(num_sink_tokens),
+            )
+        itself = (part[:, None] == part) & (place[:, None] >= place)
+        handed = kwargs.get("attention_mask")
+
+        def later(kind: str) -> torch.Tensor:
+            mask = handed.get(kind) if isinstance(handed, dict) else handed
+            seen = torch.zeros(total, total, dtype=torch.bool)
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+                seen[:length, :length] = (mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0).triu(1)
+            return seen
+
+        def mask(sees: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[None, None]
+
+        full = itself.clone()
+        for token, move in enumerate(plan):
+            if token >= window_length:
+                full[token, num_sink_tokens : token - recent + 1] = False
+                if move:
+                    full[token, :num_sink_tokens] = False
+            if move in starts:
+                full[token, starts[move] : starts[move] + num_sink_tokens] = True
+        masks = {"full_attention": mask(full | later("full_attention"))}
+        if "sliding_attention" in kinds:
+            near = itself & (place[:, None] - place < config.sliding_window)
+            ahead = later("sliding_attention")
+            masks["sliding_attention"] = mask(near | ahead | ahead.T)
+        states, marks = kwargs["inputs_embeds"], kwargs.get("visual_pos_masks")
+        copies = [states[:, :num_sink_tokens]] * len(moves)
+        changed = dict(inputs_embeds=torch.cat([states, *copies], dim=1))
+        changed["position_ids"] = torch.cat(
+            [positions, *(positions[..., :num_sink_tokens] + move for move in moves)], dim=-1
+        )
+        changed["attention_mask"] = masks if len(kinds) > 1 else masks["full_attention"]
+        if marks is not None:
+            changed["visual_pos_masks"] = torch.cat([marks] + [marks[:, :num_sink_tokens]] * len(moves), dim=1)
+            number = int(marks[:, :num_sink_tokens].sum())
+            changed["deepstack_visual_embeds"] = [
+                torch.cat([entries] + [entries[:number]] * len(moves)) for entries in kwargs["deepstack_visual_embeds"]
+            ]
+        if kwargs.get("cache_position") is not None:
+            changed["cache_position"] = torch.arange(total)
+        return args, kwargs | changed
+
+    hooks = [decoder.register_forward_pre_hook(extend, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(put_sinks) for layer in layers]
+    try:
+        return model(input_ids=input_ids, use_cache=False, **inputs).logits[0, :length]
+    finally:
+        for hook in hooks:
+            hook.remove()

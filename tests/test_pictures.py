@@ -1,0 +1,206 @@
+"""Images anywhere in a stream: in prompts of any length, in any turn, and as they leave the window."""
+
+import pytest
+import torch
+
+from custom_generate.generate import SinkCache, generate
+from tests.support.helpers import prompt
+from tests.support.oracle import difference, oracle_with_images
+from tests.test_towers import IMAGE, TYPED, WITH_AXES, images_of, model_with_a_tower, typed
+
+WINDOW = dict(window_length=16, num_sink_tokens=4)
+CALL = dict(max_new_tokens=12, do_sample=False, suppress_tokens=[0, 208, 209, 210])
+CALL |= dict(return_dict_in_generate=True, output_logits=True)
+NAMES = ["llava", "mistral3", *TYPED, *WITH_AXES]
+
+
+def text(length: int, seed: int = 0) -> torch.Tensor:
+    """Tokens that stand for no image: `[1, length]`."""
+    return prompt(length, seed=seed).clamp(2, 200)
+
+
+def joined(*images: dict) -> dict:
+    return {key: torch.cat([image[key] for image in images]) for key in images[0]}
+
+
+def assert_exact(model, name, output, images, start):
+    """The logits of all steps since `start` tokens were there are those of the oracle."""
+    ids = output.sequences
+    expected = oracle_with_images(model, ids, 16, 4, **images, **typed(ids, name))
+    assert difference(torch.cat(output.logits), expected[start - 1 : -1]) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_images_in_each_turn_past_the_window(name, chunk_size):
+    model, cache = model_with_a_tower(name), SinkCache(16, 4)
+    ids, image, other = images_of(model, name)
+    call = CALL | dict(past_key_values=cache, prefill_chunk_size=chunk_size)
+
+    # A prompt longer than the window, with an image among the sinks and one behind them.
+    said = torch.cat([ids[:, 3:], text(7), ids, text(5)], dim=1)
+    output = generate(model, input_ids=said, **call, **joined(image, other), **typed(said, name))
+    assert_exact(model, name, output, joined(image, other), said.shape[1])
+
+    # Another image, with all of the conversation, and then one with the new tokens alone.
+    said = torch.cat([output.sequences, ids], dim=1)
+    images = joined(image, other, image)
+    output = generate(model, input_ids=said, **call, **images, **typed(said, name))
+    assert_exact(model, name, output, images, said.shape[1])
+    said = torch.cat([output.sequences, text(2), ids], dim=1)
+    new = said[:, cache.get_seq_length() :]
+    call |= dict(attention_mask=torch.ones_like(said))
+    output = generate(model, input_ids=new, **call, **other, **typed(new, name))
+    images = joined(images, other)
+    said = torch.cat([said, output.sequences[:, new.shape[1] :]], dim=1)
+    expected = oracle_with_images(model, said, 16, 4, **images, **typed(said, name))
+    assert difference(torch.cat(output.logits), expected[-13:-1]) < 1e-5
+
+    # And text alone, first with all images of before, then without.
+    call.pop("attention_mask")
+    for again in (images, {}):
+        said = torch.cat([said, text(3)], dim=1)
+        output = generate(model, input_ids=said, **call, **again, **typed(said, name))
+        assert_exact(model, name, output, images, said.shape[1])
+        said = output.sequences
+
+
+def whole(model, name, said, images, **settings):
+    """What plain generation gives with all of the conversation and its images."""
+    return model.generate(input_ids=said, **(CALL | dict(max_new_tokens=5) | settings), **images, **typed(said, name))
+
+
+def ours(model, name, said, cache, images=None, **settings):
+    settings = CALL | dict(max_new_tokens=5, past_key_values=cache) | settings
+    return generate(model, input_ids=said, **settings, **(images or {}), **typed(said, name))
+
+
+def assert_same(output, expected):
+    assert difference(torch.cat(output.logits), torch.cat(expected.logits)) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_that_come_again(name):
+    """Processors of the whole conversation hand over all images in each turn, and some clients only the new one."""
+    model, cache = model_with_a_tower(name), SinkCache(64, 4)
+    ids, image, other = images_of(model, name)
+    said = torch.cat([ours(model, name, ids, cache, image).sequences, text(3)], dim=1)
+    with pytest.raises(ValueError, match="Images .* are not those that the `SinkCache` in .* was given before"):
+        ours(model, name, said, cache, other)
+    output = ours(model, name, said, cache, image)
+    assert_same(output, whole(model, name, said, image))
+    said = torch.cat([output.sequences, ids], dim=1)
+    expected = whole(model, name, said, joined(image, other))
+    assert_same(ours(model, name, said, cache, joined(image, other)), expected)
+    if name not in TYPED:  # which can't take back: the last token again, then the image too, and a part of it
+        for end in (said.shape[1], said.shape[1] - 8, said.shape[1] - 4):
+            cache.crop(max_length=end)
+            assert_same(ours(model, name, said, cache, joined(image, other)), expected)
+        cache.crop(max_length=said.shape[1] - 8)
+        assert_same(ours(model, name, said, cache, other), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_in_rows_of_two_lengths(name):
+    """Each has padding of its own, and the first another number of tokens before its image."""
+    model, cache = model_with_a_tower(name), SinkCache(16, 4)
+    ids, image, other = images_of(model, name)
+    rows = [torch.cat([text(3), ids, text(9, seed=1)], dim=1), torch.cat([text(6), ids, text(11, seed=2)], dim=1)]
+    padded = torch.cat([torch.nn.functional.pad(rows[0], (5, 0)), rows[1]])
+    output = ours(model, name, padded, cache, joined(image, other), attention_mask=(padded != 0).long())
+    logits = torch.stack(output.logits, dim=1)
+    for row, images in enumerate((image, other)):
+        said = torch.cat([rows[row], output.sequences[row : row + 1, padded.shape[1] :]], dim=1)
+        expected = oracle_with_images(model, said, 16, 4, **images, **typed(said, name))
+        assert difference(logits[row], expected[-6:-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_AXES)
+def test_rows_whose_images_have_other_grids(name):
+    """Then tokens of the same number have other positions in each row."""
+    model, cache = model_with_a_tower(name), SinkCache(16, 4)
+    ids, image, _ = images_of(model, name)
+    wide = dict(image_grid_thw=torch.tensor([[1, 2, 8]]), pixel_values=image["pixel_values"].flip(0))
+    both, said = joined(image, wide), torch.cat([ids, text(8)], dim=1).repeat(2, 1)
+    for new in (0, 4):
+        said = torch.cat([said, text(new + 1)[:, 1:].repeat(2, 1)], dim=1)
+        output = ours(model, name, said, cache, both if new == 0 else None, max_new_tokens=20)
+        logits = torch.stack(output.logits, dim=1)
+        for row, images in enumerate((image, wide)):
+            ids = output.sequences[row : row + 1]
+            expected = oracle_with_images(model, ids, 16, 4, **images, **typed(ids, name))
+            assert difference(logits[row], expected[-21:-1]) < 1e-5
+        said = output.sequences
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_conversation_with_images(name, tmp_path):
+    model, cache = model_with_a_tower(name), SinkCache(16, 4)
+    ids, image, other = images_of(model, name)
+    said = torch.cat([text(9), ids, text(8)], dim=1)
+    said = torch.cat([ours(model, name, said, cache, image, max_new_tokens=20).sequences, text(3)], dim=1)
+    cache.save(tmp_path / "conversation")
+    cache = SinkCache.load(tmp_path / "conversation", model)
+    with pytest.raises(ValueError, match="Images .* are not those"):
+        ours(model, name, said, cache, other)
+    output = ours(model, name, said, cache, max_new_tokens=20)
+    expected = oracle_with_images(model, output.sequences, 16, 4, **image, **typed(output.sequences, name))
+    assert difference(torch.cat(output.logits), expected[-21:-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llava", *WITH_AXES])
+def test_beams_and_drafts_after_an_image(name):
+    model = model_with_a_tower(name)
+    ids, image, _ = images_of(model, name)
+    said = torch.cat([ids, text(5), ids[:, :3], text(5)], dim=1)
+    images = image
+    call = CALL | dict(max_new_tokens=20, eos_token_id=IMAGE)
+    expected = generate(model, 16, 4, input_ids=said, **call, **images, **typed(said, name))
+    drafted = generate(model, 16, 4, input_ids=said, prompt_lookup_num_tokens=3, **call, **images, **typed(said, name))
+    assert torch.equal(drafted.sequences[:, : expected.sequences.shape[1]], expected.sequences)
+    beams = dict(num_beams=3, num_return_sequences=1)
+    output = generate(model, 64, 4, input_ids=said, **call, **beams, **images, **typed(said, name))
+    plain = model.generate(input_ids=said, **call, **beams, **images, **typed(said, name))
+    assert torch.equal(output.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("name", WITH_AXES)
+def test_positions_stay_below_their_ceiling_after_images(name):
+    model, cache = model_with_a_tower(name), SinkCache(16, 4)
+    ids, image, other = images_of(model, name)
+    cache.bind(model).held.ceiling = 24
+    said = torch.cat([ids, text(11), ids, text(4)], dim=1)
+    output = ours(model, name, said, cache, joined(image, other), max_new_tokens=60)
+    assert max(cache.held.offsets) > 24
+    expected = oracle_with_images(
+        model, output.sequences, 16, 4, **joined(image, other), **typed(output.sequences, name)
+    )
+    assert difference(torch.cat(output.logits), expected[-61:-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_with_images_that_is_cut_short(name):
+    """It goes on where it was interrupted, in whatever chunk that was."""
+    model = model_with_a_tower(name)
+    ids, image, other = images_of(model, name)
+    said, images = torch.cat([ids, text(9), ids, text(4)], dim=1), joined(image, other)
+    expected = ours(model, name, said, SinkCache(16, 4), images)
+    layer = model.get_input_embeddings(), [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)][-1]
+    for number in range(2, 7):
+        cache, calls = SinkCache(16, 4), []
+
+        def interrupt(module, args, calls=calls, number=number):
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+
+        hook = layer[1][-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ours(model, name, said, cache, images, prefill_chunk_size=3)
+        hook.remove()
+        try:
+            output = ours(model, name, said, cache, images)
+        except ValueError as error:
+            assert not cache.held.can_undo and "reset" in str(error)
+        else:
+            assert_same(output, expected)
