@@ -2977,14 +2977,10 @@ def cut_at(chunks: list[slice], column: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
-def is_text(inputs: dict[str, Any]) -> bool:
-    """Whether ids and mask say all of the model's inputs: there are no images, and no tokens of another type."""
-    for name, value in inputs.items():
-        if value is None or name in KNOWN_BY_IDS:
-            continue
-        if name not in TOKEN_TYPES or value.any():
-            return False
-    return True
+def is_known_by_ids(inputs: dict[str, Any]) -> bool:
+    """Whether ids, mask and images or the like say all of the model's inputs."""
+    around = {*TOKEN_TYPES, *media_inputs(inputs), *KNOWN_BY_IDS}
+    return all(value is None or name in around for name, value in inputs.items())
 
 
 def media_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -3426,7 +3422,9 @@ class Ahead:
             columns = torch.arange(later.shape[1], dtype=torch.long, device=later.device)
             ends = torch.where(later, columns, columns[:, None]).amax(-1) + 1
             if not torch.equal(later, (columns < ends[:, :, None]) & (columns > columns[:, None])):
-                raise ValueError("tokens of this prompt see later ones, but not those that come next")
+                raise ValueError(
+                    "`model` can't stream this prompt: tokens see later ones by its mask, but not those that come next."
+                )
             until[kind] = ends.cpu() + start
         return cls(start, until)
 
@@ -3436,6 +3434,16 @@ class Ahead:
         until = {kind: ends[:, columns] for kind, ends in self.until.items()}
         themselves = torch.arange(start + 1, start + length + 1, dtype=torch.long, device="cpu")
         return {kind: ends for kind, ends in until.items() if ends.shape[1] == length and (ends > themselves).any()}
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """The first column, and the one after the last, of each run of columns that an update can't end in."""
+        cuts = [self.start, *(self.start + cut for cut in self.cuts(self.start, self.length))]
+        return [(before, after) for before, after in zip(cuts, cuts[1:]) if after > before + 1]
+
+    @property
+    def length(self) -> int:
+        """How many columns the prompt has; 0 if none sees a later one."""
+        return next((ends.shape[1] for ends in self.until.values()), 0)
 
     def cuts(self, start: int, length: int) -> list[int]:
         """After how many of `length` columns from `start` on an update may end: no column sees one of the next."""
@@ -3506,6 +3514,7 @@ class Stream:
         positions: those of the tokens, maybe also of some to come; None if these are their numbers.
         transcript: what is known of their ids.
         media: the images or the like in the columns seen, and maybe in some after these.
+        blocks: the columns of each run in which some saw later ones, first and end; only all of it can be taken back.
         ahead: which columns of the prompt that is going in see later ones; None if none do.
         axes: its first column, and the positions of all, `[axes, rows, length]`, where these are not numbers.
         plan: the latest update; None where nothing of it matters any more.
@@ -3520,6 +3529,7 @@ class Stream:
         self.transcript = Transcript()
         self.positions: Optional[Positions] = None
         self.media: list[SeenMedia] = []
+        self.blocks: list[tuple[int, int]] = []
         self.ahead: Optional[Ahead] = None
         self.axes: Optional[tuple[int, torch.Tensor]] = None
         self.plan: Optional[UpdatePlan] = None
@@ -3637,7 +3647,7 @@ class Stream:
     def begin(self, batch_size: int, pads: list[int]) -> None:
         """Take over the padding of a batch before its first token; raise if later ones are of another batch."""
         if self.seen == 0:
-            vars(self).update(pads=pads, offsets=[0] * len(pads), positions=None, media=[], plan=None)
+            vars(self).update(pads=pads, offsets=[0] * len(pads), positions=None, media=[], blocks=[], plan=None)
         elif self.batch_size != batch_size:
             raise ValueError(
                 f"`{CACHE}` holds a batch of {self.batch_size}, got one of {batch_size} (beams and returned "
@@ -4078,7 +4088,11 @@ class Stream:
 
     def can_end_at(self, end: int) -> bool:
         """Whether `take_back` can forget all columns from `end` on, and a token of each row stays."""
-        return max(self.pads) < end and self.seen - self.num_removable <= end
+        return max(self.pads) < end and self.seen - self.num_removable <= end == self.latest_end(end)
+
+    def latest_end(self, column: int) -> int:
+        """The latest column up to `column` that is in no run of columns of which some saw later ones."""
+        return min((start for start, end in self.blocks if start < column < end), default=column)
 
     def take_back(self, end: int) -> None:
         """Forget all columns from `end` on, of which `num_removable` tells how many may be."""
@@ -4086,6 +4100,7 @@ class Stream:
             layer.take_back(end, self.pads)
         self.transcript = self.transcript.up_to(end)
         self.media = [media for media in self.media if media.start < end]
+        self.blocks = [block for block in self.blocks if block[0] < end]
         if self.positions is not None and end < self.positions.end:
             self.positions = self.positions.up_to(end)
         self.plan = None
@@ -4104,6 +4119,7 @@ class Stream:
             removable = max(layer.undo.columns for layer in self.sink_layers)
             first = self.seen - max(removable, self.window.length)
         self.transcript = self.transcript.up_to(self.seen).digested_before(first, self.pads)
+        self.blocks = [block for block in self.blocks if block[1] > first]
         if self.positions is not None:
             self.positions = self.positions.from_column(first - self.window.length, self.window, self.pads)
 
@@ -4115,12 +4131,21 @@ class Stream:
                 "`SinkCache` has seen. To start another one, `reset()` it."
             )
 
+    def end_of_common_media(self, media: list[SeenMedia], start: int = 0) -> float:
+        """The column up to which the images or the like of a conversation are those known here; no end if all are.
+
+        Args:
+            media: those in its columns from `start` on.
+        """
+        known = [each for each in self.media if each.start >= start]
+        for one, other in itertools.zip_longest(known, media):
+            if one is None or other is None or not one.is_like(other, self.traits.rounding):
+                return min(each.start for each in (one, other) if each is not None)
+        return math.inf
+
     def refuse_other_media(self, media: list[SeenMedia], start: int) -> None:
         """Raise if the images or the like in a conversation, passed from column `start` on, are not those seen."""
-        seen = [each for each in self.media if start <= each.start < self.seen]
-        passed = [each for each in media if each.start < self.seen]
-        alike = (one.is_like(other, self.traits.rounding) for one, other in zip(seen, passed))
-        if len(seen) != len(passed) or not all(alike):
+        if self.end_of_common_media(media, start) < self.seen:
             raise ValueError(
                 "Images or the like of the conversation, passed again with its tokens, are not those that the "
                 f"`SinkCache` in `{CACHE}` was given before. `reset()` it to start another conversation."
@@ -4140,7 +4165,7 @@ class Stream:
         ids, seen = prompt_ids(kwargs), self.seen
         end = seen
         if seen > 0 and ids is not None:
-            common = min(self.common_length(ids, columns_not_passed), columns - 1)
+            common = self.latest_end(min(self.common_length(ids, columns_not_passed), columns - 1))
             if common < seen and self.can_end_at(common):
                 end = common
         refuse_gap(kwargs, seen, end)
@@ -4330,6 +4355,7 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "digested": transcript.digested,
         "positions_start": None if stream.positions is None else stream.positions.start,
         "media": [[media.start, media.end] for media in stream.media],
+        "blocks": stream.blocks,
     }
     return state | {"checksum": _checksum(state, tensors)}, tensors
 
@@ -4350,6 +4376,7 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
     if state.get("positions_start") is not None:
         least, largest, behind_sinks = (tensors.get(name) for name in ("least", "largest", "behind_sinks"))
         stream.positions = Positions(state["positions_start"], least, largest, behind_sinks)
+    stream.blocks = [(start, end) for start, end in state.get("blocks", [])]
     stream.media = [SeenMedia(*columns, tensors["media"][each]) for each, columns in enumerate(state.get("media", []))]
     for layer_idx, layer in enumerate(stream.layers):
         suffix = f".{layer_idx}"
@@ -4510,11 +4537,14 @@ class Conversation:
         length = min(ids.shape[1], self.ids.shape[1])
         return first_difference(ids[:, :length], self.ids[:, :length])
 
-    def nearest(self, ids: torch.Tensor, pads: list[int], most: int) -> tuple[int, Optional[Stream]]:
+    def nearest(
+        self, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int
+    ) -> tuple[int, Optional[Stream]]:
         """The snapshot in which `ids` can go on with the fewest columns to read, and the column from which they do.
 
         Args:
             ids: int32 `[batch, length]`.
+            media: the images or the like among them.
             pads: `[rows]`, their columns of left padding.
             most: the column from which they must be read at the latest.
 
@@ -4525,7 +4555,8 @@ class Conversation:
             return 0, None
         common = min(self.common_length(ids), most)
         alike = [stream for stream in self.snapshots if stream.pads in (pads, pads * len(ids))]
-        ends = [(min(common, stream.seen), stream) for stream in alike]
+        ends = [(min(common, stream.seen, stream.end_of_common_media(media)), stream) for stream in alike]
+        ends = [(stream.latest_end(end), stream) for end, stream in ends]
         possible = [(end, stream) for end, stream in ends if end == stream.seen or stream.can_end_at(end)]
         return max(possible, key=lambda found: found[0], default=(0, None))
 
@@ -4597,18 +4628,19 @@ class Keeper:
         self.snapshots: list[Stream] = []
         self.before: Optional[Conversation] = None
 
-    def resume(self, stream: Stream, ids: torch.Tensor, pads: list[int], most: int) -> Stream:
+    def resume(self, stream: Stream, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int) -> Stream:
         """A stream that has seen as many of the first columns of a prompt as one that is kept.
 
         Args:
             stream: a new stream, which is returned if no kept one begins like the prompt.
             ids: the prompt, int64 `[batch, columns]`.
+            media: the images or the like in it.
             pads: `[rows]`, its columns of left padding.
             most: how many columns the stream may have seen at most.
         """
         self.basis, ids = basis(self.model, stream), ids.to("cpu", torch.int32)
         alike = [other for other in self.kept.conversations if other.basis == self.basis]
-        found = [(*conversation.nearest(ids, pads, most), conversation) for conversation in alike]
+        found = [(*conversation.nearest(ids, media, pads, most), conversation) for conversation in alike]
         end, snapshot, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
         if snapshot is None:
             return stream
@@ -5009,6 +5041,11 @@ class SinkCache(Cache):
                 f"before evicted from the window of {self.window_length} is gone. `reset()` it and pass the "
                 "conversation anew."
             )
+        if stream.latest_end(end) < end:
+            raise ValueError(
+                f"`{name}` must leave columns {stream.latest_end(end)} to {end} out too, got {tokens}: they saw later "
+                "ones that would be forgotten, as those of an image do."
+            )
         stream.take_back(end)
 
     def activate_past_recording(self) -> None:
@@ -5209,6 +5246,14 @@ class HandedDown:
         known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_AND_LEFT}
         return [name for name, value in self.arguments.items() if name not in known and _holds_numbers(value)]
 
+    def media(self, model: PreTrainedModel, input_ids: torch.Tensor) -> list[SeenMedia]:
+        """The images or the like among its columns, which `input_ids` (`[batch, columns]`) end with."""
+        embeddings = self.arguments.get("inputs_embeds")
+        if embeddings is None:
+            return []
+        ids = input_ids[:, -embeddings.shape[1] :].clamp(max=vocabulary(model) - 1)
+        return SeenMedia.all_in(embeddings, model.get_input_embeddings()(ids), self.start)
+
     def of_columns(self, start: int, end: int) -> dict[str, Any]:
         """The arguments for these columns, but for what the stream gives."""
         columns = slice(start - self.start, end - self.start)
@@ -5354,7 +5399,7 @@ class StreamedCall:
             mask_given = given.get("attention_mask") is not None
             self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"))
             self.phase = Phase.PROMPT
-            if stream.seen > 0 or not is_text(model_kwargs):
+            if stream.seen > 0 or not is_known_by_ids(model_kwargs):
                 self.keeper = None
         return self.model._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
@@ -5364,13 +5409,13 @@ class StreamedCall:
         self.model._validate_model_kwargs(named)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-        """As ever; of a prompt with images or the like, they are made later, of what is passed and nothing kept."""
-        if not media_inputs(model_kwargs) or model_kwargs.get(CACHE) is not self.cache:
-            return self.model._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        """As ever; of a prompt with images or the like, those of text, and its own later, of what is passed alone."""
         own = type(self.model)._prepare_position_ids_for_generation
-        if own is not transformers.GenerationMixin._prepare_position_ids_for_generation:
-            self.arguments = {"input_ids": inputs_tensor} | model_kwargs
-        return None
+        of_text = transformers.GenerationMixin._prepare_position_ids_for_generation
+        if not media_inputs(model_kwargs) or model_kwargs.get(CACHE) is not self.cache or own is of_text:
+            return self.model._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        self.arguments = {"input_ids": inputs_tensor} | model_kwargs
+        return of_text(self.model, inputs_tensor, model_kwargs)
 
     def _prepare_generated_length(self, generation_config: Any, input_ids_length: int, **kwargs) -> Any:
         """As ever, but 20 new tokens, where no number is named, end at no length that the model was trained on."""
@@ -5427,53 +5472,62 @@ class StreamedCall:
     def _inputs_of_prompt(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The same for a prompt: the inputs of its last chunk, after the model was run on those before."""
         pads = left_padding(kwargs.get("attention_mask"), self.prompt.mask_given)
+        self._compile_step(False)
+        media = media_inputs(kwargs)
+        around = [*media, *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
+        handed = self._handed_down(input_ids, args, kwargs) if around else None
+        seen = handed.media(self.model, input_ids) if media and self.prompt.embeddings is None else []
+        if handed is not None and handed.unknown:
+            self.keeper = None
         if self.keeper is not None:
-            self.cache.held = self.keeper.resume(self.stream, input_ids, pads, most=self.prompt.columns - 1)
+            most = self.prompt.columns - 1
+            self.cache.held = self.keeper.resume(self.stream, input_ids, seen, pads, most)
         stream, end = self.stream, self._end_of(input_ids)
         new = end - stream.seen
-        self._compile_step(False)
         stream.begin(len(input_ids), pads)
         stream.refuse_other_ids(input_ids, end)
+        if media:
+            stream.refuse_other_media(seen, handed.start)
+            stream.media = [each for each in stream.media if each.start < handed.start] + seen
+        if handed is not None:
+            self._take_down(handed)
         if self.prompt.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
             embeddings = self.prompt.embeddings[:, -new:]
             repeats = len(kwargs["inputs_embeds"]) // len(embeddings)
             kwargs["inputs_embeds"] = embeddings.repeat_interleave(repeats, dim=0)
             kwargs["next_sequence_length"] = new
-        around = [*media_inputs(kwargs), *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
-        if around:
-            self._hand_down(input_ids, args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in around}
         inputs = self._own_inputs(input_ids, args, kwargs)
         inputs = self._last_chunk(inputs, new_columns=end - self.prompt.columns)
         return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE)
 
-    def _hand_down(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Run what is around the decoder on a prompt with images or the like, and have the decoder get it by chunks.
+    def _handed_down(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> HandedDown:
+        """What the modules around the decoder hand down to it for a prompt with images or the like.
 
-        It is run on all that was passed, by which images of before are known again. If it fails on that, only the
-        images of new tokens may have been passed, and it is run on these.
+        They are run on all that was passed, by which images of before are known again. If they fail on that, only the
+        images of new tokens may have been passed, and they are run on these.
         """
-        stream, first = self.stream, self.prompt.columns_not_passed
+        seen, first = self.stream.seen, self.prompt.columns_not_passed
         failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {list(media_inputs(kwargs))}"
-        with telling(lambda error: ValueError(f"{failed}: {error}")):
+        with telling(lambda error: ValueError(f"{failed}: {error!r}")):
             try:
                 handed = self._caught(input_ids, first, args, kwargs)
             except MODEL_ERRORS as error:
-                if is_of_machine(error) or not first < stream.seen:
+                if is_of_machine(error) or not first < seen:
                     raise
-                handed = self._caught(input_ids, stream.seen, args, kwargs)
-            stream.ahead = Ahead.of(handed.start, handed.arguments.get("attention_mask"))
-        embeddings = handed.arguments.get("inputs_embeds")
-        if handed.unknown and handed.start < stream.seen:
+                handed = self._caught(input_ids, seen, args, kwargs)
+        if handed.unknown and handed.start < seen:
             raise ValueError(
                 f"`input_ids` must be the new tokens alone, with the `attention_mask` of all, and their images: this "
                 f"model hands {handed.unknown} down to its decoder, of which is not known what belongs to which token."
             )
-        if embeddings is not None and self.prompt.embeddings is None and media_inputs(kwargs):
-            ids = input_ids[:, handed.start - first :].clamp(max=vocabulary(self.model) - 1)
-            media = SeenMedia.all_in(embeddings, self.model.get_input_embeddings()(ids), handed.start)
-            stream.refuse_other_media(media, handed.start)
-            stream.media = [each for each in stream.media if each.start < handed.start] + media
+        return handed
+
+    def _take_down(self, handed: HandedDown) -> None:
+        """Have the decoder get by chunks what was handed down for a prompt, and its columns their positions."""
+        stream = self.stream
+        stream.ahead = Ahead.of(handed.start, handed.arguments.get("attention_mask"))
+        stream.blocks = [block for block in stream.blocks if block[0] < handed.start] + stream.ahead.blocks()
         stream.plan, self.handed = None, handed
         self._place(handed.arguments.get("position_ids"))
         set_decoder(self.stand_in, self.path_to_decoder, calling(self.decoder, self._decode))
@@ -5589,7 +5643,8 @@ class StreamedCall:
         if self.keeper is not None:
             self.kept_at = self.prompt.columns
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
-                self.kept_at -= ANSWER_PREFIX  # it can't be taken back, so the prompt is kept before it
+                # It can't be taken back, so the prompt is kept before it.
+                self.kept_at = stream.latest_end(self.kept_at - ANSWER_PREFIX)
                 chunks = cut_at(chunks, self.kept_at - stream.seen)
         if self.handed is not None:
             self._refuse_handed(chunks)

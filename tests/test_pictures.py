@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import prompt
+from tests.support.helpers import at_the_ends, prompt
 from tests.support.oracle import difference, oracle_with_images
 from tests.test_towers import IMAGE, TYPED, WITH_AXES, images_of, model_with_a_tower, typed
 
@@ -30,7 +30,7 @@ def assert_exact(model, name, output, images, start):
     assert difference(torch.cat(output.logits), expected[start - 1 : -1]) < 1e-5
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("chunk_size", [at_the_ends(1), at_the_ends(3), None])
 @pytest.mark.parametrize("name", NAMES)
 def test_images_in_each_turn_past_the_window(name, chunk_size):
     model, cache = model_with_a_tower(name), SinkCache(16, 4)
@@ -79,6 +79,7 @@ def assert_same(output, expected):
     assert difference(torch.cat(output.logits), torch.cat(expected.logits)) < 1e-5
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", NAMES)
 def test_images_that_come_again(name):
     """Processors of the whole conversation hand over all images in each turn, and some clients only the new one."""
@@ -100,6 +101,7 @@ def test_images_that_come_again(name):
         assert_same(ours(model, name, said, cache, other), expected)
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", NAMES)
 def test_images_in_rows_of_two_lengths(name):
     """Each has padding of its own, and the first another number of tokens before its image."""
@@ -115,6 +117,7 @@ def test_images_in_rows_of_two_lengths(name):
         assert difference(logits[row], expected[-6:-1]) < 1e-5
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", WITH_AXES)
 def test_rows_whose_images_have_other_grids(name):
     """Then tokens of the same number have other positions in each row."""
@@ -133,6 +136,7 @@ def test_rows_whose_images_have_other_grids(name):
         said = output.sequences
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_conversation_with_images(name, tmp_path):
     model, cache = model_with_a_tower(name), SinkCache(16, 4)
@@ -148,6 +152,7 @@ def test_a_saved_conversation_with_images(name, tmp_path):
     assert difference(torch.cat(output.logits), expected[-21:-1]) < 1e-5
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", ["llava", *WITH_AXES])
 def test_beams_and_drafts_after_an_image(name):
     model = model_with_a_tower(name)
@@ -164,6 +169,7 @@ def test_beams_and_drafts_after_an_image(name):
     assert torch.equal(output.sequences, plain.sequences)
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", WITH_AXES)
 def test_positions_stay_below_their_ceiling_after_images(name):
     model, cache = model_with_a_tower(name), SinkCache(16, 4)
@@ -178,6 +184,7 @@ def test_positions_stay_below_their_ceiling_after_images(name):
     assert difference(torch.cat(output.logits), expected[-61:-1]) < 1e-5
 
 
+@pytest.mark.ends_only
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_with_images_that_is_cut_short(name):
     """It goes on where it was interrupted, in whatever chunk that was."""
@@ -204,3 +211,32 @@ def test_a_prompt_with_images_that_is_cut_short(name):
             assert not cache.held.can_undo and "reset" in str(error)
         else:
             assert_same(output, expected)
+
+
+@pytest.mark.parametrize("name", ["llava", *map(at_the_ends, NAMES[1:])])
+def test_kept_conversations_with_images(name):
+    """A client sends all of the conversation each time. What of it is known with its images is not read again."""
+    model, read = model_with_a_tower(name), []
+    ids, image, other = images_of(model, name)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)][-1]
+    layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    call = CALL | dict(window_length=16, num_sink_tokens=4, kept_conversations=3)
+
+    def turn(said, images):
+        read.clear()
+        output = generate(model, input_ids=said, **call, **images, **typed(said, name))
+        number = sum(read) - 11  # and the answer's
+        expected = oracle_with_images(model, output.sequences, 16, 4, **images, **typed(output.sequences, name))
+        assert difference(torch.cat(output.logits), expected[-13:-1]) < 1e-5
+        return output.sequences, number
+
+    first = torch.cat([text(7), ids, text(20)], dim=1)
+    said, number = turn(first, image)
+    assert number >= first.shape[1]
+    said = torch.cat([said, text(2), ids, text(3)], dim=1)
+    _, number = turn(said, joined(image, other))
+    assert number < 20
+    _, number = turn(said, joined(image, other))  # the same again
+    assert number < 25
+    _, number = turn(said, joined(other, other))  # with another image in the first turn
+    assert number >= said.shape[1]
