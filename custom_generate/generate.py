@@ -27,9 +27,11 @@ A list or a dimension named `rows` has one entry for each row of the batch, or a
 
 Contents: the window, one update of it, and rotations; releases of transformers; layers; a model at rest; standing in
 for a model; models that can't be streamed; reading a model; its layers; arguments; refusals; `Stream`, which is a cache
-at work; the class of transformers<4.53; files; conversations kept between calls; `SinkCache`; `generate`.
+at work; what a model is given for it; the class of transformers<4.53; files; conversations kept between calls;
+`SinkCache`; `generate`.
 """
 
+import bisect
 import contextlib
 import copy
 import enum
@@ -3452,9 +3454,6 @@ class Ahead:
         return [number for number in range(1, length + 1) if until[number - 1] <= start + number]
 
 
-MOST_IN_A_CHUNK = 256  # tokens, by default
-
-
 class CompiledSteps:
     """Single tokens that go in by compiled code, one after another: what such a step is given.
 
@@ -3569,7 +3568,7 @@ class Stream:
         if layer_idx >= len(self.layers):
             return 0
         layer = self._counting_layer(layer_idx)
-        if layer.follows_plan and self._counts_places and self.sink_layers[-1].seen == self.plan.start:
+        if layer.follows_plan and self.counts_places and self.sink_layers[-1].seen == self.plan.start:
             return self.plan.place
         # Without an index it is a user who asks, perhaps after an update that only some of the layers made.
         return self.seen if layer_idx == 0 else layer.get_seq_length()
@@ -3580,7 +3579,7 @@ class Stream:
         return any(layer.is_indexed for layer in self.layers)
 
     @property
-    def _counts_places(self) -> bool:
+    def counts_places(self) -> bool:
         """Whether the model was prepared for an update in which it is told places, and not columns."""
         return self.plan is not None and self.plan.is_prepared and self.traits.counts_places
 
@@ -3598,7 +3597,7 @@ class Stream:
         # A model that goes by columns would fail on columns of two numbers, before it asks for keys.
         if self.traits.ordered:
             self._refuse_unprepared(plan, self.batch_size)
-        end = plan.place + plan.length if self._counts_places else plan.end
+        end = plan.place + plan.length if self.counts_places else plan.end
         return plan.num_keys, end - plan.num_keys
 
     @property
@@ -3673,84 +3672,6 @@ class Stream:
             return 1
         return self.ceiling - min(start, self.window.num_sinks)
 
-    def chunks(
-        self, length: int, takes_masks: bool, chunk_size: Optional[int], least_last: int, together: int = 0
-    ) -> list[slice]:
-        """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
-
-        How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each
-        token of it attention sees one more copy of the sinks. So by default a chunk has so many tokens that these
-        copies take three quarters of a window, and at most 256: with more of them, attention would take more time than
-        passes save.
-
-        Args:
-            takes_masks: whether the model's attention does. If not, or if the model goes by the columns of its cache,
-                what evicts goes in token by token.
-            chunk_size: `prefill_chunk_size` of `generate`.
-            least_last: how many tokens the last update must have at least.
-            together: how many of the last tokens come in one update, as far as a chunk holds them.
-        """
-        start, window, continues = self.seen, self.window, self.traits.continues_states
-        default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
-        ordered = self.traits.ordered
-        several = takes_masks and continues and not ordered
-        evicting = min(chunk_size or default, self.most_at_once(start + length)) if several else 1
-        fits = window.length - max(max(start - pad, 0) for pad in self.pads)
-        sizes, end = [], 0
-        while end < length:
-            free = fits - end if continues or start + end == 0 else 0
-            size = min(free, chunk_size or free) if free > 0 else evicting
-            sizes.append(min(size, length - end))
-            end += sizes[-1]
-        least_last = max(least_last, min(together, evicting))
-        while sizes[-1] < least_last and len(sizes) > 1:
-            last = sizes.pop()
-            moved = min(least_last - last, sizes[-1])
-            sizes[-1:] = [size for size in (sizes[-1] - moved, last + moved) if size > 0]
-        if not (takes_masks or ordered) and len(sizes) > 1:
-            _logger.warning_once(
-                "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash "
-                'attention, takes no mask. Load the model with "sdpa" to have it go in faster.'
-            )
-        if ordered and length > fits and len(sizes) > 1:
-            _logger.warning_once(
-                "Past the window this prompt goes in token by token: the model knows the order of tokens by the "
-                "columns of its cache, which are others for each token. Choose a longer `window_length` to have it go "
-                "in faster."
-            )
-        ends = list(itertools.accumulate(sizes))
-        if self.ahead is not None:
-            ends = self._ends_that_cut_nothing(ends, length - least_last)
-        return [slice(before, end) for before, end in zip([0, *ends], ends)]
-
-    def _ends_that_cut_nothing(self, ends: list[int], latest: int) -> list[int]:
-        """Ends of updates like these, none of them between a column and a later one that it sees.
-
-        An update ends sooner for that; or later, if it would have no column left.
-
-        Args:
-            ends: ascending, the last one that of the prompt.
-            latest: after how many columns the last but one may end.
-
-        Raises:
-            ValueError: an update would have more columns than a forward pass can take.
-        """
-        cuts, kept = self.ahead.cuts(self.seen, ends[-1]), [0]
-        for end in ends[:-1]:
-            sooner = [cut for cut in cuts if kept[-1] < cut <= end]
-            later = [cut for cut in cuts if end < cut <= latest]
-            if end > kept[-1] and (sooner or later):
-                kept.append(sooner[-1] if sooner else later[0])
-        kept.append(ends[-1])
-        longest = max(end - before for before, end in zip(kept, kept[1:]))
-        if longest > self.most_at_once(self.seen + ends[-1]):
-            raise ValueError(
-                f"`input_ids` have {longest} tokens of which some see later ones, as those of an image do, so that all "
-                f"come at once. That is more than the {self.most_at_once(self.seen + ends[-1])} that this model can "
-                "take. Pass a smaller image."
-            )
-        return kept[1:]
-
     def natural_positions(self, length: int, start: Optional[int] = None) -> torch.Tensor:
         """The positions of `length` columns from `start` on, by default the next ones. They are negative for padding.
 
@@ -3778,126 +3699,6 @@ class Stream:
         if len(self.pads) < rows:
             vars(self).update(pads=self.pads * rows, offsets=self.offsets * rows)
         vars(self).update(positions=known, axes=(start, positions), plan=None)
-
-    def refuse_other_positions(self, positions: Optional[torch.Tensor]) -> None:
-        """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one a token."""
-        if positions is None:
-            return
-        natural = self.natural_positions(positions.shape[-1])
-        if ((positions.cpu() != natural) & (natural >= 0)).any():
-            raise ValueError(
-                "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), "
-                "and a stream moves its sinks by as many as there are tokens. Pass a prompt of text."
-            )
-
-    def inputs_for_step(
-        self, model: PreTrainedModel, inputs: dict[str, Any], caller: Caller, compiled: bool = False
-    ) -> dict[str, Any]:
-        """Fit the model's inputs for one update: positions that stay bounded, and a mask over the kept keys.
-
-        Args:
-            compiled: whether compiled code will make it, of a single token.
-        """
-        tokens = new_tokens(inputs)
-        self.compiled = (self.compiled or CompiledSteps()) if compiled else None
-        self.lower_positions_if_needed(tokens.shape[1])
-        self.follow_offsets()
-        plan = self.plan_update(self.seen, tokens.shape[1])
-        if self.traits.ordered:
-            return self._inputs_in_order(inputs, plan, tokens, caller)
-        plan.caller = caller
-        positions = inputs.get("position_ids") if self.positions is None else None
-        if positions is None:
-            positions = self.natural_positions(plan.length).clamp(min=0).to(tokens.device)
-        if any(self.offsets):
-            positions = positions - torch.tensor(self.offsets, dtype=torch.long, device=positions.device)[:, None]
-        if compiled:
-            # Strides that depend on how many tokens there were would have the code compiled again.
-            positions = positions.clone(memory_format=torch.contiguous_format)
-            self.compiled.prepare(plan, self.sink_layers, self.traits.mask_dtype, tokens.device)
-            inputs["attention_mask"] = self.compiled.mask
-        elif self._replaces_mask(plan):
-            inputs["attention_mask"] = self._masks(model, plan, tokens)
-        elif getattr(inputs.get("attention_mask"), "ndim", 0) == 2:  # of all of a prompt, which goes in by chunks
-            inputs["attention_mask"] = inputs["attention_mask"][:, : plan.end]
-        mask = inputs.get("attention_mask")
-        if self.traits.inverts_masks and mask is not None and mask.dim() == 4:
-            inputs["attention_mask"] = (mask == 0).to(mask.dtype)
-        if inputs.get("output_router_logits", self.traits.balances_experts):
-            inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
-        if TELLS_COLUMNS and self._counts_places:
-            set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
-        return inputs | {"position_ids": positions}
-
-    def _inputs_in_order(
-        self, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor, caller: Caller
-    ) -> dict[str, Any]:
-        """The same for a model that goes by the columns of its cache: no positions, and a mask of padding in these."""
-        if plan.sees_copies:
-            raise ValueError(
-                f"These {plan.length} tokens evict some, and the model knows the order of tokens by the columns of its "
-                "cache, which are others for each of them. Pass one token at a time."
-            )
-        plan.caller = caller
-        inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
-        return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
-
-    def _replaces_mask(self, plan: UpdatePlan) -> bool:
-        """Whether the model is given a mask for an update, in place of the one that it makes by itself."""
-        return any(self.pads) or plan.evicts or self.is_indexed or bool(plan.sees_until)
-
-    def _masks(self, model: PreTrainedModel, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
-        """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
-
-        None where each token sees all old keys and, causally, the new ones. An index gets one there too: until 5.16
-        models make it of positions, which don't tell where keys are, or add a mask of booleans.
-        """
-        if plan.needs_mask and not takes_masks(model):
-            raise ValueError(
-                "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
-                '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
-                if not plan.sees_copies
-                else f"These {plan.length} tokens evict some, which needs a mask that this model's "
-                "`attn_implementation`, flash attention, does not take. Pass one token at a time, or load the model "
-                'with "sdpa".'
-            )
-        mask = None
-        one_count = not COUNTS_BY_LAYER and self._counts_places and plan.place != plan.start
-        by_kind = any(layer.has_kind for layer in self.layers) and (
-            any(self.pads) or plan.sees_copies or one_count or self.is_indexed or bool(plan.sees_until)
-        )
-        # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
-        leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
-        if plan.needs_mask or self.is_indexed or (leaves_it and takes_masks(model)):
-            mask = plan.mask(self.traits.mask_dtype, tokens.device)
-        if not by_kind:
-            return mask
-        # A state's mask is one of padding. transformers leaves it out where a token comes alone, padding or not.
-        of_states = None
-        if plan.start < max(self.pads):
-            of_states = (plan.tokens(0, tokens.device) >= 0).expand(len(tokens), -1)
-        masks = {"full_attention": mask, "hybrid": mask, "linear_attention": of_states, "conv": of_states}
-        for kind, layer in zip(layer_kinds(model.config), self.layers):
-            if kind not in masks and layer.follows_plan:
-                masks[kind] = mask
-            elif kind not in masks and kind in ("sliding_attention", "chunked_attention"):
-                masks[kind] = self._local_mask(model, kind, layer, plan, tokens)
-        return masks
-
-    def _local_mask(
-        self, model: PreTrainedModel, kind: str, layer: UntouchedLayer, plan: UpdatePlan, tokens: torch.Tensor
-    ) -> Optional[torch.Tensor]:
-        """The mask of a `layer` of transformers' own, of a `kind` that slides or attends by chunks.
-
-        None where a new token sees all keys. However many columns were seen, it takes as long.
-        """
-        num_keys = num_keys_of(layer, plan.length)
-        padded = plan.end - num_keys < max(self.pads)
-        if not takes_masks(model):  # flash attention slides by itself, and takes a mask of padding
-            return (plan.tokens(plan.length - num_keys, tokens.device) >= 0).expand(len(tokens), -1) if padded else None
-        if plan.length == 1 and not padded and kind != "chunked_attention":
-            return None
-        return plan.local_mask(kind, layer.sliding_window, num_keys, self.traits.mask_dtype, tokens.device)
 
     def lower_positions_if_needed(self, length: int) -> None:
         """Before `length` new tokens would reach the ceiling, shift all kept keys back to before position 0.
@@ -4170,6 +3971,125 @@ class Stream:
                 end = common
         refuse_gap(kwargs, seen, end)
         return end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model is given for an update of a stream: positions that stay bounded, and masks over what is kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inputs_for_step(
+    stream: Stream, model: PreTrainedModel, inputs: dict[str, Any], caller: Caller, compiled: bool = False
+) -> dict[str, Any]:
+    """Fit the model's inputs for one update: positions that stay bounded, and a mask over the kept keys.
+
+    Args:
+        compiled: whether compiled code will make it, of a single token.
+    """
+    tokens = new_tokens(inputs)
+    stream.compiled = (stream.compiled or CompiledSteps()) if compiled else None
+    stream.lower_positions_if_needed(tokens.shape[1])
+    stream.follow_offsets()
+    plan = stream.plan_update(stream.seen, tokens.shape[1])
+    if stream.traits.ordered:
+        return _inputs_in_order(stream, inputs, plan, tokens, caller)
+    plan.caller = caller
+    positions = inputs.get("position_ids") if stream.positions is None else None
+    if positions is None:
+        positions = stream.natural_positions(plan.length).clamp(min=0).to(tokens.device)
+    if any(stream.offsets):
+        positions = positions - torch.tensor(stream.offsets, dtype=torch.long, device=positions.device)[:, None]
+    if compiled:
+        # Strides that depend on how many tokens there were would have the code compiled again.
+        positions = positions.clone(memory_format=torch.contiguous_format)
+        stream.compiled.prepare(plan, stream.sink_layers, stream.traits.mask_dtype, tokens.device)
+        inputs["attention_mask"] = stream.compiled.mask
+    elif _replaces_mask(stream, plan):
+        inputs["attention_mask"] = _masks(stream, model, plan, tokens)
+    elif getattr(inputs.get("attention_mask"), "ndim", 0) == 2:  # of all of a prompt, which goes in by chunks
+        inputs["attention_mask"] = inputs["attention_mask"][:, : plan.end]
+    mask = inputs.get("attention_mask")
+    if stream.traits.inverts_masks and mask is not None and mask.dim() == 4:
+        inputs["attention_mask"] = (mask == 0).to(mask.dtype)
+    if inputs.get("output_router_logits", stream.traits.balances_experts):
+        inputs["output_router_logits"] = False  # their loss takes a mask of padding only, and none over kept keys
+    if TELLS_COLUMNS and stream.counts_places:
+        set_columns(inputs, plan.place, plan.place + plan.length, tokens.device)
+    return inputs | {"position_ids": positions}
+
+
+def _inputs_in_order(
+    stream: Stream, inputs: dict[str, Any], plan: UpdatePlan, tokens: torch.Tensor, caller: Caller
+) -> dict[str, Any]:
+    """The same for a model that goes by the columns of its cache: no positions, and a mask of padding in these."""
+    if plan.sees_copies:
+        raise ValueError(
+            f"These {plan.length} tokens evict some, and the model knows the order of tokens by the columns of its "
+            "cache, which are others for each of them. Pass one token at a time."
+        )
+    plan.caller = caller
+    inputs = {name: value for name, value in inputs.items() if name not in ("position_ids", "cache_position")}
+    return inputs | {"attention_mask": plan.mask_in_order(len(tokens), tokens.device)}
+
+
+def _replaces_mask(stream: Stream, plan: UpdatePlan) -> bool:
+    """Whether the model is given a mask for an update, in place of the one that it makes by itstream."""
+    return any(stream.pads) or plan.evicts or stream.is_indexed or bool(plan.sees_until)
+
+
+def _masks(stream: Stream, model: PreTrainedModel, plan: UpdatePlan, tokens: torch.Tensor) -> Any:
+    """The mask over the kept keys and the new `tokens` (`[batch, length, ...]`), or one for each kind of layer.
+
+    None where each token sees all old keys and, causally, the new ones. An index gets one there too: until 5.16
+    models make it of positions, which don't tell where keys are, or add a mask of booleans.
+    """
+    if plan.needs_mask and not takes_masks(model):
+        raise ValueError(
+            "`attention_mask` has padding, which needs a mask over the kept tokens that this model's "
+            '`attn_implementation`, flash attention, does not take. Load the model with "sdpa".'
+            if not plan.sees_copies
+            else f"These {plan.length} tokens evict some, which needs a mask that this model's "
+            "`attn_implementation`, flash attention, does not take. Pass one token at a time, or load the model "
+            'with "sdpa".'
+        )
+    mask = None
+    one_count = not COUNTS_BY_LAYER and stream.counts_places and plan.place != plan.start
+    by_kind = any(layer.has_kind for layer in stream.layers) and (
+        any(stream.pads) or plan.sees_copies or one_count or stream.is_indexed or bool(plan.sees_until)
+    )
+    # Given masks by kind a model makes none by itself, and before 4.54 it makes a wrong one.
+    leaves_it = (by_kind and plan.length > 1) or not MASKS_FOLLOW_THE_CACHE
+    if plan.needs_mask or stream.is_indexed or (leaves_it and takes_masks(model)):
+        mask = plan.mask(stream.traits.mask_dtype, tokens.device)
+    if not by_kind:
+        return mask
+    # A state's mask is one of padding. transformers leaves it out where a token comes alone, padding or not.
+    of_states = None
+    if plan.start < max(stream.pads):
+        of_states = (plan.tokens(0, tokens.device) >= 0).expand(len(tokens), -1)
+    masks = {"full_attention": mask, "hybrid": mask, "linear_attention": of_states, "conv": of_states}
+    for kind, layer in zip(layer_kinds(model.config), stream.layers):
+        if kind not in masks and layer.follows_plan:
+            masks[kind] = mask
+        elif kind not in masks and kind in ("sliding_attention", "chunked_attention"):
+            masks[kind] = _local_mask(stream, model, kind, layer, plan, tokens)
+    return masks
+
+
+def _local_mask(
+    stream: Stream, model: PreTrainedModel, kind: str, layer: UntouchedLayer, plan: UpdatePlan, tokens: torch.Tensor
+) -> Optional[torch.Tensor]:
+    """The mask of a `layer` of transformers' own, of a `kind` that slides or attends by chunks.
+
+    None where a new token sees all keys. However many columns were seen, it takes as long.
+    """
+    num_keys = num_keys_of(layer, plan.length)
+    padded = plan.end - num_keys < max(stream.pads)
+    if not takes_masks(model):  # flash attention slides by itself, and takes a mask of padding
+        return (plan.tokens(plan.length - num_keys, tokens.device) >= 0).expand(len(tokens), -1) if padded else None
+    if plan.length == 1 and not padded and kind != "chunked_attention":
+        return None
+    return plan.local_mask(kind, layer.sliding_window, num_keys, stream.traits.mask_dtype, tokens.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4929,7 +4849,7 @@ class SinkCache(Cache):
             raise ValueError(f"`input_ids` must be at most {at_once} tokens at a time for this model, got {length}.")
         stream.begin(batch_size, stream.pads if start > 0 and attention_mask is None else left_padding(attention_mask))
         inputs = {"input_ids": input_ids, "attention_mask": None, stream.traits.cache_name: self}
-        inputs = stream.inputs_for_step(model, inputs, Caller.LOOP)
+        inputs = inputs_for_step(stream, model, inputs, Caller.LOOP)
         if len(stream.transcript.parts) >= MOST_PARTS:
             stream.trim_transcript()
         stream.transcript = stream.transcript.with_ids(input_ids.clone(), start)  # which the caller may write into
@@ -5185,6 +5105,80 @@ def copied_with(config: Any, **settings) -> Any:
         for name, value in settings.items():
             setattr(config, name, value)
     return config
+
+
+MOST_IN_A_CHUNK = 256  # tokens, by default
+
+
+def chunks_of_prompt(
+    stream: Stream, length: int, takes_masks: bool, chunk_size: Optional[int], least_last: int, together: int = 0
+) -> list[slice]:
+    """Cut `length` new tokens of a prompt into updates: what fits into the window at once, the rest in chunks.
+
+    How a prompt is cut is a matter of time and memory alone. A chunk costs a pass over the weights, and for each token
+    of it attention sees one more copy of the sinks. So by default a chunk has so many tokens that these copies take
+    three quarters of a window, and at most 256: with more of them, attention would take more time than passes save.
+
+    Args:
+        stream: what they go into.
+        takes_masks: whether the model's attention does. If not, or if the model goes by the columns of its cache, what
+            evicts goes in token by token.
+        chunk_size: `prefill_chunk_size` of `generate`.
+        least_last: how many tokens the last update must have at least.
+        together: how many of the last tokens come in one update, as far as a chunk holds them.
+
+    Raises:
+        ValueError: tokens that see later ones, and so come at once, are more than the model can take.
+    """
+    start, window, continues, ordered = (
+        stream.seen,
+        stream.window,
+        stream.traits.continues_states,
+        stream.traits.ordered,
+    )
+    default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
+    most = stream.most_at_once(start + length)
+    evicting = min(chunk_size or default, most) if takes_masks and continues and not ordered else 1
+    fits = window.length - max(max(start - pad, 0) for pad in stream.pads)
+    cuts = range(1, length) if stream.ahead is None else stream.ahead.cuts(start, length)
+    latest = length - max(least_last, min(together, evicting))
+    ends = [*(cut for cut in cuts if cut <= latest), length]
+    chunks, end = [], 0
+    while end < length:
+        free = fits - end if continues or start + end == 0 else 0
+        wanted = end + (min(free, chunk_size or free) if free > 0 else evicting)
+        number = bisect.bisect(ends, wanted)  # so many of the ends are no later
+        begin, end = end, ends[number - 1] if number > 0 and ends[number - 1] > end else ends[number]
+        chunks.append(slice(begin, end))
+    longest = max(chunk.stop - chunk.start for chunk in chunks)
+    if stream.ahead is not None and longest > most:
+        raise ValueError(
+            f"`input_ids` have {longest} tokens that come at once, as some see later ones, like those of an image. "
+            f"This model can take {most}. Pass a smaller image."
+        )
+    if not (takes_masks or ordered) and len(chunks) > 1:
+        _logger.warning_once(
+            "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash attention, "
+            'takes no mask. Load the model with "sdpa" to have it go in faster.'
+        )
+    if ordered and length > fits and len(chunks) > 1:
+        _logger.warning_once(
+            "Past the window this prompt goes in token by token: the model knows the order of tokens by the columns of "
+            "its cache, which are others for each token. Choose a longer `window_length` to have it go in faster."
+        )
+    return chunks
+
+
+def refuse_other_positions(stream: Stream, positions: Optional[torch.Tensor]) -> None:
+    """Raise if the model's `positions` (`[..., rows, length]`) of a prompt go on otherwise than by one a token."""
+    if positions is None:
+        return
+    natural = stream.natural_positions(positions.shape[-1])
+    if ((positions.cpu() != natural) & (natural >= 0)).any():
+        raise ValueError(
+            "`model` gives the prompt positions other than 0, 1, 2, ... (as those of images in two dimensions), "
+            "and a stream moves its sinks by as many as there are tokens. Pass a prompt of text."
+        )
 
 
 class Phase(enum.Enum):
@@ -5467,7 +5461,7 @@ class StreamedCall:
             positions = stream.natural_positions(new)
             kwargs["position_ids"] = positions.to(input_ids.device).expand(len(input_ids), -1)
         inputs = self._own_inputs(input_ids, args, kwargs)
-        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE, self.compiles)
+        return inputs_for_step(stream, self.stand_in, inputs, Caller.GENERATE, self.compiles)
 
     def _inputs_of_prompt(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The same for a prompt: the inputs of its last chunk, after the model was run on those before."""
@@ -5499,7 +5493,7 @@ class StreamedCall:
         kwargs = {name: value for name, value in kwargs.items() if name not in around}
         inputs = self._own_inputs(input_ids, args, kwargs)
         inputs = self._last_chunk(inputs, new_columns=end - self.prompt.columns)
-        return stream.inputs_for_step(self.stand_in, inputs, Caller.GENERATE)
+        return inputs_for_step(stream, self.stand_in, inputs, Caller.GENERATE)
 
     def _handed_down(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> HandedDown:
         """What the modules around the decoder hand down to it for a prompt with images or the like.
@@ -5639,7 +5633,7 @@ class StreamedCall:
         stream, length = self.stream, new_tokens(inputs).shape[1]
         # What a template may leave out later comes in one update, to be taken back then.
         together = 0 if self.keeper is None else ANSWER_PREFIX
-        chunks = stream.chunks(length, takes_masks(self.model), self.chunk_size, new_columns + 1, together)
+        chunks = chunks_of_prompt(stream, length, takes_masks(self.model), self.chunk_size, new_columns + 1, together)
         if self.keeper is not None:
             self.kept_at = self.prompt.columns
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
@@ -5649,7 +5643,7 @@ class StreamedCall:
         if self.handed is not None:
             self._refuse_handed(chunks)
         if stream.positions is None:
-            stream.refuse_other_positions(inputs.get("position_ids"))
+            refuse_other_positions(stream, inputs.get("position_ids"))
         recording = stream.record_past
         stream.record_past = recording and len(chunks) == 1  # nobody takes back what comes before the last chunk
         self._prefill(inputs, chunks[:-1])
@@ -5669,7 +5663,7 @@ class StreamedCall:
     def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:
         """Run the model on these chunks of its inputs."""
         for chunk in transformers.logging.tqdm(chunks, desc="prompt", unit="chunk", disable=not self.progress):
-            chunk_inputs = self.stream.inputs_for_step(self.stand_in, slice_inputs(inputs, chunk), Caller.GENERATE)
+            chunk_inputs = inputs_for_step(self.stream, self.stand_in, slice_inputs(inputs, chunk), Caller.GENERATE)
             self.stand_in(**chunk_inputs, return_dict=True)
             self.stream.finish_update()
             self._keep_prompt()

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import SinkCache, chunks_of_prompt
 from tests.support.helpers import prompt, small_model
 from tests.test_hybrids import SERVED, hybrid
 
@@ -46,4 +46,4 @@ def test_what_steps_make(name):
 def test_what_cutting_a_prompt_takes():
     # By numbers alone: with a list that is summed for each chunk, this took as many steps as its square.
     stream = SinkCache(1024, 500).bind(small_model(max_position_embeddings=2048)).held
-    assert len(stream.chunks(200_000, True, 1, 1)) == 200_000
+    assert len(chunks_of_prompt(stream, 200_000, True, 1, 1)) == 200_000

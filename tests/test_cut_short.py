@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from custom_generate.generate import CACHE, Caller, SinkCache
+from custom_generate.generate import CACHE, Caller, SinkCache, inputs_for_step
 from tests.support.helpers import prompt as random_tokens
 from tests.support.helpers import small_model, stream
 from tests.support.oracle import difference, oracle
@@ -55,7 +55,7 @@ def feed(model, cache, tokens: torch.Tensor, compiled: bool = False) -> torch.Te
             return model(**cache.prepare_inputs(tokens)).logits
         cache.held.begin(len(tokens), cache.held.pads)
         inputs = {"input_ids": tokens, CACHE: cache}
-        logits = model(**cache.held.inputs_for_step(model, inputs, Caller.GENERATE, compiled=True)).logits
+        logits = model(**inputs_for_step(cache.held, model, inputs, Caller.GENERATE, compiled=True)).logits
         cache.held.finish_update()
         return logits
 
