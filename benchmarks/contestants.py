@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +21,10 @@ import torch
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What this release calls the cache that a model is given.
+RELEASE = tuple(int(part) for part in metadata.version("transformers").split(".")[:2])
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Contestants, on transformers 4.34 to 5.24
@@ -80,11 +85,11 @@ class FullCache:
             self.forward(chunk)
 
     def forward(self, chunk: torch.Tensor) -> None:
-        self.model(chunk, past_key_values=self.cache, use_cache=True)
+        self.model(chunk, use_cache=True, **{CACHE: self.cache})
 
     def generate(self, tokens: int, clock: Clock) -> None:
         ids = self.some_tokens(self.kept() + 1)  # of which `generate` leaves out as many as the cache says it has
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: self.cache}
         self.model.generate(**inputs, max_new_tokens=tokens, streamer=clock, **self.settings)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -120,7 +125,7 @@ class Sinks(FullCache):
         from custom_generate.generate import generate
 
         mask = ids.new_ones(1, self.cache.get_seq_length() + ids.shape[1])
-        inputs = dict(input_ids=ids, attention_mask=mask, past_key_values=self.cache)
+        inputs = dict(input_ids=ids, attention_mask=mask, cache=self.cache)
         generate(self.model, **inputs, max_new_tokens=tokens, streamer=clock, **self.settings)
 
     def nbytes(self) -> int:

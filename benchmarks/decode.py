@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks.measure import MODELS, Clock, Table, described, in_turns, load, parsed, ratio, target
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 
 BLOCK, LEFT_OUT = 32, 4  # tokens of a turn, and how many of them the machine needs to settle
 TARGETS = (
@@ -52,7 +52,7 @@ class Contestant:
     def generate(self, new_tokens: int, **kwargs) -> list[float]:
         """Generate so many tokens; return the seconds that each took but the first."""
         clock, length = Clock(), self.seen + self.ids.shape[1]
-        settings = dict(past_key_values=self.cache, max_new_tokens=new_tokens, streamer=clock)
+        settings = {CACHE: self.cache, "max_new_tokens": new_tokens, "streamer": clock}
         settings |= self.settings | kwargs
         settings["attention_mask"] = self.ids.new_ones(len(self.ids), length)
         call = generate if self.kind == "ours" else type(self.model).generate

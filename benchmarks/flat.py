@@ -100,7 +100,7 @@ def main() -> None:
 
     if arguments.generate:
         weigh(model, tenths)
-        generate(model, input_ids=ids, past_key_values=cache, max_new_tokens=arguments.tokens, streamer=tenths)
+        generate(model, input_ids=ids, cache=cache, max_new_tokens=arguments.tokens, streamer=tenths)
     else:
         tenths.put(ids)
         for _ in range(arguments.tokens):

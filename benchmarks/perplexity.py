@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from benchmarks import plot
 from benchmarks.contestants import tensors_of
 from benchmarks.measure import RESULTS, described, load_with_tokenizer, named, now, parsed
-from custom_generate.generate import SinkCache
+from custom_generate.generate import CACHE, SinkCache
 
 NAMES = {
     "sink": "sink cache",
@@ -73,9 +73,9 @@ class Reader:
             inputs = self.cache.prepare_inputs(token)
         else:
             place = torch.tensor([[position]], device=tokens.device)
-            inputs = dict(input_ids=token, position_ids=place, past_key_values=self.cache, use_cache=True)
+            inputs = {"input_ids": token, "position_ids": place, CACHE: self.cache, "use_cache": True}
         outputs = self.model(**inputs)
-        self.cache = outputs.past_key_values
+        self.cache = outputs[CACHE]
         return outputs.logits[0, -1]
 
     def load(self, path: Path) -> int:

@@ -43,7 +43,7 @@ def turn(
 ) -> tuple[float, torch.Tensor]:
     """Seconds to the first token after `ids`, int64 `[1, length]`, and the answer."""
     clock, start = Clock(), now(arguments.device)
-    if "past_key_values" not in settings:
+    if "cache" not in settings:
         settings |= dict(window_length=arguments.window_length, num_sink_tokens=arguments.num_sink_tokens)
     sequence = generate(
         model,
@@ -80,7 +80,7 @@ def conversation(model: PreTrainedModel, arguments: Namespace, questions: torch.
             measured[ANEW], row["tokens read anew"], _ = timed(same, new_tokens=1)
         else:
             row["tokens read anew"] = None
-        measured[LOOP], row["tokens read handed back"], answer = timed(same, past_key_values=cache)
+        measured[LOOP], row["tokens read handed back"], answer = timed(same, cache=cache)
         measured[KEPT], row["tokens read kept"], again = timed(same, **keeping)
         measured[CHANGED], row["tokens read kept, answers changed"], other = timed(changed, **keeping)
         assert torch.equal(answer, again)

@@ -496,9 +496,9 @@ MASKS_FOLLOW_THE_CACHE = CacheLayerMixin is not object
 NO_LIMIT = -1 if MASKS_FOLLOW_THE_CACHE else None
 
 # What models, their outputs and `generate` call a cache. From 5.24 on users may still use the older name, and code that
-# comes with a model may know no other.
-OLDER_NAME = "past_key_values"
-CACHE = "cache" if RELEASE >= (5, 24) else OLDER_NAME
+# comes with a model may know no other. This `generate` takes both names on all releases.
+OLDER_NAME, NEWER_NAME = "past_key_values", "cache"
+CACHE = NEWER_NAME if RELEASE >= (5, 24) else OLDER_NAME
 
 # Until 5.3 a model is told which columns are new (`cache_position`). Later ones ask the cache how many it has seen.
 TELLS_COLUMNS = RELEASE < (5, 4)
@@ -3175,7 +3175,7 @@ def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
         raise ValueError(
             f"`input_ids` must be the whole conversation, longer than the {seen} tokens that the `SinkCache` in "
             f"`{CACHE}` has seen, got {columns}; or only what is new, with the `attention_mask` of all. Don't "
-            "crop it to `get_max_cache_shape()`. To start another one, `reset()` it."
+            "crop it to `get_max_length()`. To start another one, `reset()` it."
         )
     if end < start < columns:
         raise ValueError(
@@ -4617,13 +4617,14 @@ class SinkCache(Cache):
     `get_seq_length()` is the number of tokens stored. Without `sin` and `cos`, it refuses to evict.
 
     A bound cache is exact in `generate` below, and in a loop of your own that calls
-    `model(**cache.prepare_inputs(...))`. In other calls (`model(input_ids, past_key_values=cache)`, or a plain
-    `model.generate(past_key_values=cache)`) it sees neither mask nor positions. These calls are served for one row
-    without padding, up to the length that the model was trained on. Refused are a batch that must evict, several tokens
-    at once that evict, steps past that length, going on with rows that were padded or whose positions were lowered, and
-    any eviction from a cache whose columns the model goes by. Two things go unnoticed in such calls, and give wrong
-    tokens: padding of a single row, and `position_ids` that are not the model's own. A model may make such positions
-    itself, where it keeps `rope_deltas` of another conversation with images.
+    `model(**cache.prepare_inputs(...))`. In other calls (`model(input_ids, cache=cache)`, or a plain
+    `model.generate(cache=cache)`; until transformers 5.23 these name it `past_key_values`) it sees neither mask nor
+    positions. These calls are served for one row without padding, up to the length that the model was trained on.
+    Refused are a batch that must evict, several tokens at once that evict, steps past that length, going on with rows
+    that were padded or whose positions were lowered, and any eviction from a cache whose columns the model goes by. Two
+    things go unnoticed in such calls, and give wrong tokens: padding of a single row, and `position_ids` that are not
+    the model's own. A model may make such positions itself, where it keeps `rope_deltas` of another conversation with
+    images.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
@@ -4822,9 +4823,9 @@ class SinkCache(Cache):
 
         Returns:
             The arguments for the next call of the model, and for no other. They are `input_ids`, `position_ids` (int64
-            `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length, keys]`) and this cache, as
-            `past_key_values` or from transformers 5.24 on `cache`. A model that goes by the columns of its cache gets
-            no `position_ids`, and its `attention_mask` is int64 `[batch, keys]`.
+            `[rows, length]`, bounded), `attention_mask` (None, or `[rows, 1, length, keys]`) and this cache, as `cache`
+            or until transformers 5.23 `past_key_values`. A model that goes by the columns of its cache gets no
+            `position_ids`, and its `attention_mask` is int64 `[batch, keys]`.
 
         Raises:
             ValueError: the cache is not bound, or the arguments don't fit what it holds.
@@ -5877,16 +5878,16 @@ def generate(
             of the sequence.
         prefill_progress (`bool`, defaults to `False`): show a progress bar while a long prompt goes in.
         kept_conversations (`int`, defaults to that of the generation config, or 0): how many conversations are kept on
-            the model between calls. A call without `past_key_values` that begins with the tokens of one goes on in it,
-            and reads only what is new. This is for servers and clients that send the whole conversation each time.
+            the model between calls. A call without `cache` that begins with the tokens of one goes on in it, and reads
+            only what is new. This is for servers and clients that send the whole conversation each time.
             `SinkCache.kept_nbytes(model)` tells how much memory they take, and `SinkCache.forget_kept(model)` frees it.
         offload_kept_conversations (`bool`, defaults to that of the generation config, or `False`): keep them in the
             memory of the CPU, so that a GPU holds only the window that is in use.
         kwargs: all that `model.generate` takes. These have a meaning of their own:
-            past_key_values (`SinkCache`), from transformers 5.24 on also named `cache`: continue in this cache. It has
-                a window already, so another `window_length` is an error. Pass the whole conversation as `input_ids`, or
-                only its new tokens and the `attention_mask` of all. A new, unbound cache is bound to `model`. No other
-                call may use the cache until this one ends.
+            cache (`SinkCache`), or by its older name `past_key_values`: continue in this cache. It has a window
+                already, so another `window_length` is an error. Pass the whole conversation as `input_ids`, or only its
+                new tokens and the `attention_mask` of all. A new, unbound cache is bound to `model`. No other call may
+                use the cache until this one ends.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. It changes time and memory, and
                 no tokens. By default, the part of a prompt that the window holds goes in at once. The rest goes in by
                 chunks of `3/4 * window_length / num_sink_tokens` tokens, at most 256: attention sees a copy of the
@@ -5896,7 +5897,8 @@ def generate(
                 assistant drafts in a window of its own, as long as the model's.
 
     Returns:
-        What `model.generate` returns. With `return_dict_in_generate=True`, its `past_key_values` is the `SinkCache`.
+        What `model.generate` returns. With `return_dict_in_generate=True`, its `cache` (until transformers 5.23
+        `past_key_values`) is the `SinkCache`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -5926,9 +5928,9 @@ def _generate_by_name(
         kwargs: all others.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
-    cache, older = kwargs.pop(CACHE, None), kwargs.pop(OLDER_NAME, None)
+    cache, older = kwargs.pop(NEWER_NAME, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:
-        raise TypeError(f"`{OLDER_NAME}` and `{CACHE}` are two names of one argument. Leave one of them out.")
+        raise TypeError(f"`{OLDER_NAME}` and `{NEWER_NAME}` are two names of one argument. Leave one of them out.")
     cache = older if cache is None else cache
     model = unwrapped(model)
     loop = _generate_behind(model)

@@ -75,7 +75,7 @@ class Chat:
                 self.model,
                 input_ids=new,
                 attention_mask=new.new_ones(1, seen + new.shape[1]),
-                past_key_values=self.cache,
+                cache=self.cache,
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=[interrupted],
                 **self.settings,

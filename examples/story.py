@@ -59,7 +59,7 @@ def with_cache(
     """The next `num_new` tokens of a stream, and the bytes of its cache."""
     cache = SinkCache(window_length, num_sinks)
     length = dict(max_new_tokens=num_new, min_new_tokens=num_new)
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock)
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, streamer=clock)
     return generate(model, **inputs, **length, **SAMPLING)[:, ids.shape[1] :], cache.nbytes
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     story = generate(
         model,
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         streamer=meter,
         max_new_tokens=arguments.max_new_tokens,
         min_new_tokens=arguments.max_new_tokens,  # an end of text would end the demonstration too

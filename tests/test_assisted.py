@@ -138,8 +138,8 @@ def test_sampled_logits_are_those_of_the_oracle(assistance):
     tokens = output.sequences[0].tolist()
     assert len(output.logits) == len(output.scores) == len(tokens) - 40 >= 40
     assert difference(torch.cat(output.logits), oracle(model, tokens, 16, 4)[39:-1]) < 1e-5
-    assert isinstance(output.past_key_values, SinkCache)
-    assert output.past_key_values.get_seq_length() == len(tokens) - 1
+    assert isinstance(output[CACHE], SinkCache)
+    assert output[CACHE].get_seq_length() == len(tokens) - 1
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import answer, at_the_ends, left_padded, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
@@ -220,7 +220,7 @@ def test_cropping_what_evicted_is_refused():
     model, cache, *_ = a_conversation(seen=10)
     cache = generate(
         model, 16, 4, **left_padded([prompt(9), prompt(3)]), max_new_tokens=2, return_dict_in_generate=True
-    ).past_key_values
+    )[CACHE]
     for forgotten in (4, 9, 11):
         with pytest.raises(
             ValueError, match=f"must leave a token of each row, 7 columns.*got -{forgotten} of 10.*reset"

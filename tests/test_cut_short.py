@@ -151,7 +151,7 @@ def test_layers_that_slide_or_keep_a_state(name):
     refused = 0
     for module in (*layers, *(list(layer.children())[-1] for layer in layers), model.model):
         for register in (module.register_forward_pre_hook, module.register_forward_hook):
-            cache, hook = copy.deepcopy(said.past_key_values), register(lambda *args: 1 / 0)
+            cache, hook = copy.deepcopy(said[CACHE]), register(lambda *args: 1 / 0)
             ids = torch.cat([said.sequences, TOKENS[:, :1]], dim=1)
             with pytest.raises(ZeroDivisionError):
                 stream(model, ids, 2, past_key_values=cache)

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from custom_generate.generate import FORMAT_VERSION, SinkCache, _checksum, generate
+from custom_generate.generate import CACHE, FORMAT_VERSION, SinkCache, _checksum, generate
 from tests.support.helpers import prompt, small_model
 
 pytestmark = pytest.mark.newest_only
@@ -164,13 +164,13 @@ def test_whether_padding_is_known_is_kept(tmp_path):
     model, cache = small_model(), SinkCache(16, 4)
     cache.bind(model)
     with torch.no_grad():
-        model(prompt(5, rows=2), past_key_values=cache)
+        model(prompt(5, rows=2), **{CACHE: cache})
     cache.save(tmp_path / "conversation")
     loaded = SinkCache.load(tmp_path / "conversation", model)
     assert loaded.get_seq_length() == 5
     with torch.no_grad(), pytest.raises(ValueError, match="can't see whether any of these 2 rows is padded"):
         for token in range(12):
-            model(prompt(1, rows=2, seed=token), past_key_values=loaded)
+            model(prompt(1, rows=2, seed=token), **{CACHE: loaded})
 
 
 def test_a_prompt_that_an_error_broke_off(tmp_path):

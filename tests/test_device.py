@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import CACHE, SinkCache
 from tests.support.helpers import left_padded, prompt, small_model
 
 pytestmark = pytest.mark.newest_only
@@ -84,11 +84,11 @@ def test_a_step_launches_few_kernels_more_than_a_dynamic_cache(name):
     token = prompt(1, rows=cache.batch_size).to("meta")
     dynamic = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(15, rows=cache.batch_size).to("meta"), past_key_values=dynamic)
+        model(prompt(15, rows=cache.batch_size).to("meta"), **{CACHE: dynamic})
         with Operations() as operations:
             model(**cache.prepare_inputs(token))
         with Operations() as plain_operations:
-            model(token, past_key_values=dynamic, position_ids=torch.zeros_like(token))
+            model(token, **{CACHE: dynamic}, position_ids=torch.zeros_like(token))
     own, plain = operations.kernels, plain_operations.kernels
     # Sinks are moved once for all layers, ids are copied, and rows that are padded need a mask: no more, however many
     # layers there are.

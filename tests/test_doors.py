@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, dynamic_module_utils, pipeline
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import RELEASE, at_the_ends, loadable, prompt, seeded, small_model
 
@@ -65,7 +65,7 @@ def test_a_hub_id_with_a_revision(hub, model):
             do_sample=False,
             return_dict_in_generate=True,
         )
-        assert output.past_key_values.window_length == window_length
+        assert output[CACHE].window_length == window_length
         assert torch.equal(output.sequences, through_the_folder(model, prompt(5), window_length=window_length))
 
 
@@ -103,10 +103,10 @@ def test_the_folder_that_one_is_in(model, expected, monkeypatch):
 def test_classes_of_two_doors_know_each_other(model, expected):
     # A cache made by this module's class goes on in the class that transformers loaded, and the other way round.
     cache = SinkCache(16, 4)
-    settings = dict(return_dict_in_generate=True, past_key_values=cache, window_length=None, num_sink_tokens=None)
+    settings = dict(return_dict_in_generate=True, cache=cache, window_length=None, num_sink_tokens=None)
     output = through_the_folder(model, prompt(5), max_new_tokens=20, **settings)
-    assert output.past_key_values is cache
-    loaded = through_the_folder(model, prompt(5), max_new_tokens=20, return_dict_in_generate=True).past_key_values
+    assert output[CACHE] is cache
+    loaded = through_the_folder(model, prompt(5), max_new_tokens=20, return_dict_in_generate=True)[CACHE]
     assert type(loaded).__name__ == "SinkCache" and not isinstance(loaded, SinkCache)
     for past_key_values in (cache, loaded):
         rest = generate(
@@ -123,7 +123,7 @@ def test_classes_of_two_doors_know_each_other(model, expected):
 def test_conversations_kept_by_one_door_are_counted_and_freed_by_another(model, expected):
     installed = functools.partial(generate, model)
     loaded = functools.partial(through_the_folder, model)
-    the_other_class = type(loaded(prompt(5), return_dict_in_generate=True).past_key_values)
+    the_other_class = type(loaded(prompt(5), return_dict_in_generate=True)[CACHE])
     assert the_other_class is not SinkCache
     sizes = []
     for door in (lambda ids, **kwargs: installed(input_ids=ids, **CALL, **kwargs), loaded):
@@ -307,17 +307,17 @@ def test_a_model_without_a_generation_config_and_one_that_is_not_found_again(tmp
 
 def test_plain_generate_with_a_bound_cache(model, expected):
     call = dict(input_ids=prompt(5), max_new_tokens=40, do_sample=False)
-    assert torch.equal(model.generate(past_key_values=SinkCache(16, 4).bind(model), **call), expected)
+    assert torch.equal(model.generate(**{CACHE: SinkCache(16, 4).bind(model)}, **call), expected)
     call |= dict(do_sample=True)
     with seeded():
-        sampled = model.generate(past_key_values=SinkCache(16, 4).bind(model), **call)
+        sampled = model.generate(**{CACHE: SinkCache(16, 4).bind(model)}, **call)
     with seeded():
         assert torch.equal(sampled, through_the_folder(model, prompt(5), do_sample=True))
 
 
 def test_plain_generate_goes_on_in_a_bound_cache(model, expected):
     cache = SinkCache(16, 4).bind(model)
-    call = dict(past_key_values=cache, max_new_tokens=20, do_sample=False)
+    call = {CACHE: cache, "max_new_tokens": 20, "do_sample": False}
     first = model.generate(prompt(5), **call)
     # With a mask: a random model may well say the pad token, which transformers would take for padding.
     assert torch.equal(model.generate(first, attention_mask=torch.ones_like(first), **call), expected)

@@ -12,7 +12,7 @@ from packaging.version import Version
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import RELEASE, at_the_ends, left_padded, prompt, seeded, small_model
 
 
@@ -105,7 +105,7 @@ def test_the_output_holds_the_cache():
     output = generate(
         small_model(), 16, 4, input_ids=prompt(5), max_new_tokens=40, return_dict_in_generate=True, output_scores=True
     )
-    cache = output.past_key_values
+    cache = output[CACHE]
     assert isinstance(cache, SinkCache) and cache.is_bound
     assert cache.get_seq_length() == 5 + 40 - 1
     assert [tuple(keys.shape) for keys in cache.key_cache] == [(1, 2, 16, 16)] * 3
@@ -113,7 +113,7 @@ def test_the_output_holds_the_cache():
 
 
 def test_defaults_are_a_window_of_256_and_4_sinks():
-    cache = generate(small_model(), input_ids=prompt(5), max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    cache = generate(small_model(), input_ids=prompt(5), max_new_tokens=2, return_dict_in_generate=True)[CACHE]
     assert (cache.window_length, cache.num_sink_tokens) == (256, 4)
 
 
@@ -228,7 +228,7 @@ def test_beams_past_the_window_follow_their_hypotheses():
     for row in range(2):
         cache = SinkCache(16, 4).bind(model)
         with torch.no_grad():
-            logits = [model(input_ids=t, past_key_values=cache).logits for t in output.sequences[row, None].split(1, 1)]
+            logits = [model(input_ids=t, **{CACHE: cache}).logits for t in output.sequences[row, None].split(1, 1)]
         log_probs = torch.cat(logits, dim=1)[0, 4:-1].log_softmax(-1)
         score = log_probs.gather(1, output.sequences[row, 5:, None]).sum()
         torch.testing.assert_close(score, output.sequences_scores[row], rtol=1e-4, atol=1e-4)
@@ -240,14 +240,14 @@ def test_a_bound_cache_follows_its_batch():
     one, both = (SinkCache(16, 4).bind(model) for _ in range(2))
     with torch.no_grad():
         for token in ids.split(1, dim=1):
-            one_logits = model(input_ids=token[1:], past_key_values=one).logits
+            one_logits = model(input_ids=token[1:], **{CACHE: one}).logits
             model(**both.prepare_inputs(token))
         both.batch_select_indices(torch.tensor([1]))
         both.batch_repeat_interleave(3)
         both.reorder_cache(torch.tensor([2, 0, 1]))
         follow = torch.full((1, 1), 7)
-        one_logits = model(input_ids=follow, past_key_values=one).logits
-        three_logits = model(input_ids=follow.expand(3, 1), past_key_values=both).logits
+        one_logits = model(input_ids=follow, **{CACHE: one}).logits
+        three_logits = model(input_ids=follow.expand(3, 1), **{CACHE: both}).logits
     torch.testing.assert_close(three_logits, one_logits.expand(3, -1, -1), rtol=1e-5, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import changing, loadable, prompt, seeded, small_model, stream
 from tests.support.oracle import difference, oracle
@@ -264,7 +264,7 @@ def test_errors_of_the_machine_pass_as_they_are(error, tmp_path):
     with pytest.raises(type(error)) as raised:
         SinkCache(600, 4).bind(reads_further)
     assert raised.value is error
-    cache = stream(small_model(), prompt(3), 5).past_key_values
+    cache = stream(small_model(), prompt(3), 5)[CACHE]
     cache.save(tmp_path / "conversation")
     with pytest.raises(type(error)) as raised:
         SinkCache.load(tmp_path / "conversation", failing(error))

@@ -72,7 +72,7 @@ def test_every_step_far_past_the_window(name):
     model = hybrid(name)
     output = stream(model, prompt(3))
     assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]) < 1e-5
-    kinds = {isinstance(layer, SinkLayer) for layer in output.past_key_values.layers}
+    kinds = {isinstance(layer, SinkLayer) for layer in output[CACHE].layers}
     assert kinds == ({True} if name == "falcon_h1" else {True, False})
 
 
@@ -125,7 +125,7 @@ def test_rows_that_hold_equally_many_tokens(name):
 def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
     model = hybrid(name, max_position_embeddings=20)
     first = stream(model, prompt(30), 10)
-    cache = first.past_key_values
+    cache = first[CACHE]
     cache.save(tmp_path / "conversation")
     caches = [copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache]
     said = torch.cat([first.sequences, prompt(5)], dim=1)
@@ -174,7 +174,7 @@ def test_a_loop_of_ones_own(name, prepared):
     cache, logits = SinkCache(16, 4).bind(model), []
     with torch.no_grad():
         for ids in tokens.split([10] + [1] * 40, dim=1):
-            inputs = cache.prepare_inputs(ids) if prepared else dict(input_ids=ids, past_key_values=cache)
+            inputs = cache.prepare_inputs(ids) if prepared else {"input_ids": ids, CACHE: cache}
             if name == "bamba" and not prepared and cache.get_seq_length() > 0:
                 with pytest.raises(ValueError, match="the model would start over from position 0"):
                     model(**inputs)
@@ -232,7 +232,7 @@ def test_a_model_that_forgets_its_states_gets_one_token_at_a_time_or_an_error():
         with pytest.raises(ValueError, match="`input_ids` must be at most 1 tokens at a time for this model, got 2"):
             cache.prepare_inputs(tokens[:, 5:7])
         with pytest.raises(ValueError, match="forgets its states where it gets several tokens at once"):
-            model(input_ids=tokens[:, 5:7], past_key_values=cache)
+            model(input_ids=tokens[:, 5:7], **{CACHE: cache})
 
 
 @with_states
@@ -242,16 +242,16 @@ def test_a_cache_whose_states_are_ahead_of_its_keys():
     output = stream(model, prompt(3), 5)
     hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        stream(model, output.sequences, 5, past_key_values=output.past_key_values)
+        stream(model, output.sequences, 5, past_key_values=output[CACHE])
     hook.remove()
     with pytest.raises(ValueError, match=f"`{CACHE}` was left in the middle of a forward pass"):
-        stream(model, output.sequences, 5, past_key_values=output.past_key_values)
+        stream(model, output.sequences, 5, past_key_values=output[CACHE])
 
 
 @pytest.mark.ends_only
 @pytest.mark.parametrize("name", SERVED)
 def test_what_can_not_be_taken_back_is_not_cropped(name):
-    cache = stream(hybrid(name), prompt(3), 5).past_key_values
+    cache = stream(hybrid(name), prompt(3), 5)[CACHE]
     with pytest.raises(ValueError, match="only if bound to a model with full attention in every layer"):
         cache.crop(-1)
 

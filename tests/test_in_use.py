@@ -54,9 +54,9 @@ MEANWHILE = {
         model, input_ids=prompt(40, seed=1), past_key_values=cache, **SETTINGS
     ),
     "transformers' generate": lambda cache, model, path: model.generate(
-        input_ids=prompt(40, seed=1), past_key_values=cache, **SETTINGS
+        input_ids=prompt(40, seed=1), **{CACHE: cache}, **SETTINGS
     ),
-    "a forward pass": lambda cache, model, path: model(prompt(1), past_key_values=cache),
+    "a forward pass": lambda cache, model, path: model(prompt(1), **{CACHE: cache}),
     "prepare_inputs": lambda cache, model, path: cache.prepare_inputs(prompt(1)),
     "bind": lambda cache, model, path: cache.bind(small_model("mistral")),
     "reset": lambda cache, model, path: cache.reset(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import cache_utils
 
-from custom_generate.generate import IndexedLayer, SinkCache, generate
+from custom_generate.generate import CACHE, IndexedLayer, SinkCache, generate
 from tests.support.helpers import at_the_ends, left_padded, prompt, stream
 from tests.support.oracle import difference, oracle
 
@@ -39,7 +39,7 @@ def test_every_step_while_positions_are_shifted_back(name, index_topk, length):
     model = indexed(name, index_topk, length=24)
     # Where no token's scores are all 0: there, transformers chooses by chance.
     output = stream(model, prompt(length, seed=7), 40, seed=7)
-    assert any(isinstance(layer, IndexedLayer) for layer in output.past_key_values.layers)
+    assert any(isinstance(layer, IndexedLayer) for layer in output[CACHE].layers)
     assert difference(torch.cat(output.logits), expected(name, output, length, index_topk=index_topk)) < 1e-5
 
 
@@ -123,7 +123,7 @@ def test_drafts_and_kept_conversations():
 
 def test_the_memory_of_the_index_counts():
     model = indexed()
-    cache = stream(model, prompt(20)).past_key_values
+    cache = stream(model, prompt(20))[CACHE]
     with_index = cache.nbytes
     for layer in cache.layers:
         with_index -= layer.indexer.keys.nbytes

@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import CompileConfig, GenerationConfig, LlamaForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import (
     RELEASE,
@@ -186,7 +186,7 @@ def test_the_memory_is_bounded_and_told():
     assert SinkCache.kept_nbytes(model) == 0
     for turn in range(6):
         output, _ = say(model, ids)
-        window = output.past_key_values.nbytes
+        window = output[CACHE].nbytes
         kept = SinkCache.kept_nbytes(model)
         # Two windows, what a chunk evicts, and 4 bytes for each token.
         assert 2 * window < kept - 4 * (output.sequences.shape[1] - 1) < 3 * window
@@ -328,7 +328,7 @@ def test_what_a_caller_gets_is_its_own():
     model, ids = small_model(), prompt(30)
     output, _ = say(model, ids)
     ids = longer(output.sequences, 7, seed=1)
-    cache = output.past_key_values
+    cache = output[CACHE]
     say(model, ids, window_length=None, past_key_values=cache)  # it goes on, and is spoiled
     for keys in cache.key_cache:
         keys.fill_(7)

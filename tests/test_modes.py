@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import answer, left_padded, prompt, small_model
 from tests.support.oracle import difference, oracle
@@ -94,7 +94,7 @@ def test_another_dtype_by_default(dtype, tmp_path):
         for inputs, output in zip(batches, expected):
             cache = SinkCache(16, 4)
             assert torch.equal(generate(model, past_key_values=cache, **inputs, **settings).sequences, output.sequences)
-            assert cache.nbytes == output.past_key_values.nbytes
+            assert cache.nbytes == output[CACHE].nbytes
             assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
             cache.save(tmp_path / "conversation")
             SinkCache.load(tmp_path / "conversation", model).batch_repeat_interleave(2)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import CACHE, SinkCache
 from tests.support.helpers import seeded, small_model
 
 pytestmark = pytest.mark.newest_only
@@ -95,7 +95,7 @@ def test_an_update_moves_nothing_but_the_sinks():
     with torch.no_grad():
         for token in range(40):
             before = [keys.clone() for keys in cache.key_cache] if token > 16 else None
-            model(input_ids=torch.tensor([[token + 2]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[token + 2]]), **{CACHE: cache})
             if before:
                 for old, new in zip(before, cache.key_cache):
                     changed = (old != new).any(dim=-1).any(dim=1)[0].nonzero().flatten().tolist()

@@ -7,7 +7,7 @@ import torch
 from packaging.version import Version
 from transformers import CodeGenConfig, GPTJConfig, MixtralConfig, Phi3Config
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import RELEASE, SMALL, answer, at_the_ends, on_the_newest, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
@@ -175,7 +175,7 @@ def own_loop(model, tokens, window_length, num_sink_tokens, updates, prepared) -
     logits = []
     with torch.no_grad():
         for ids in tokens.split(updates, dim=1):
-            inputs = cache.prepare_inputs(ids) if prepared else dict(input_ids=ids, past_key_values=cache)
+            inputs = cache.prepare_inputs(ids) if prepared else {"input_ids": ids, CACHE: cache}
             logits.append(model(**inputs).logits[0])
     assert cache.get_seq_length() == tokens.shape[1]
     return difference(torch.cat(logits), oracle(model, tokens[0].tolist(), window_length, num_sink_tokens))
@@ -234,12 +234,12 @@ def test_a_loop_goes_on_prepared_where_the_model_may_not_count_further():
     model, tokens = small_model(max_position_embeddings=40), prompt(100)
     cache = SinkCache(16, 4).bind(model)
     with torch.no_grad():
-        logits = [model(input_ids=ids, past_key_values=cache).logits[0] for ids in tokens[:, :40].split(1, dim=1)]
+        logits = [model(input_ids=ids, **{CACHE: cache}).logits[0] for ids in tokens[:, :40].split(1, dim=1)]
         with pytest.raises(ValueError, match="past the 40 that it was trained on.*prepare_inputs"):
-            model(input_ids=tokens[:, 40:41], past_key_values=cache)
+            model(input_ids=tokens[:, 40:41], **{CACHE: cache})
         logits += [model(**cache.prepare_inputs(ids)).logits[0] for ids in tokens[:, 40:].split(1, dim=1)]
         with pytest.raises(ValueError, match="positions shifted back.*prepare_inputs"):
-            model(input_ids=prompt(1), past_key_values=cache)
+            model(input_ids=prompt(1), **{CACHE: cache})
     assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
 
 
@@ -269,7 +269,7 @@ def test_several_turns():
         output = answer(model, cache, tokens, seed=turn)
         expected = oracle(model, output.sequences[0].tolist(), 16, 4)[before - 1 : -1]
         assert difference(torch.cat(output.logits), expected) < 1e-5
-        assert output.past_key_values is cache
+        assert output[CACHE] is cache
         tokens = torch.cat([output.sequences, prompt(7, seed=turn)], dim=1)
 
 

@@ -196,7 +196,7 @@ def test_a_loop_of_ones_own_with_padded_rows(name, updates):
 def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
     model = ordered(name)
     first = stream(model, prompt(30), 10)
-    cache = first.past_key_values
+    cache = first[CACHE]
     cache.save(tmp_path / "conversation")
     caches = [copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache]
     said = torch.cat([first.sequences, prompt(5)], dim=1)
@@ -287,13 +287,13 @@ def test_called_by_itself_until_it_must_evict(name, updates):
     cache, logits = SinkCache(16, 4).bind(model), []
     with torch.no_grad():
         for ids in tokens[:, :16].split(updates, dim=1):
-            logits.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0])
+            logits.append(model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[0])
         with pytest.raises(ValueError, match="can't go on outside of its `generate`.*columns"):
-            model(input_ids=tokens[:, 16:17], past_key_values=cache, use_cache=True)
+            model(input_ids=tokens[:, 16:17], **{CACHE: cache}, use_cache=True)
         assert cache.get_seq_length() == 16
         logits.append(feed(model, cache, tokens[:, 16:], [1] * 24)[0])
         with pytest.raises(ValueError, match="can't go on outside of its `generate`.*columns"):
-            model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=tokens[:, :1], **{CACHE: cache}, use_cache=True)
         logits.append(feed(model, cache, prompt(3), [1] * 3)[0])
     expected = oracle_in_order(model, tokens[0].tolist() + prompt(3)[0].tolist(), 16, 4)
     assert difference(torch.cat(logits), expected) < 1e-5
@@ -303,12 +303,10 @@ def test_called_by_itself_until_it_must_evict(name, updates):
 def test_generate_of_transformers_with_a_bound_cache(name):
     model = ordered(name)
     settings = dict(input_ids=prompt(5), use_cache=True, do_sample=False)
-    expected = model.generate(**settings, max_new_tokens=11, past_key_values=DynamicCache())
-    assert torch.equal(
-        model.generate(**settings, max_new_tokens=11, past_key_values=SinkCache(16, 4).bind(model)), expected
-    )
+    expected = model.generate(**settings, max_new_tokens=11, **{CACHE: DynamicCache()})
+    assert torch.equal(model.generate(**settings, max_new_tokens=11, **{CACHE: SinkCache(16, 4).bind(model)}), expected)
     with pytest.raises(ValueError, match="can't go on outside of its `generate`.*columns"):
-        model.generate(**settings, max_new_tokens=20, past_key_values=SinkCache(16, 4).bind(model))
+        model.generate(**settings, max_new_tokens=20, **{CACHE: SinkCache(16, 4).bind(model)})
 
 
 def test_several_tokens_that_evict_go_in_one_by_one():

@@ -177,7 +177,7 @@ def test_a_class_that_streams_by_itself(model_class):
 def test_a_cache_goes_on(model_class, door):
     model, cache = built(model_class), SinkCache(16, 4)
     whole = door(model, prompt(5), **SETTINGS)
-    settings = dict(do_sample=False, past_key_values=cache)
+    settings = dict(do_sample=False, cache=cache)
     first = door(model, prompt(5), max_new_tokens=25, **settings)
     assert torch.equal(first, whole[:, :25]) and cache.is_bound
     if model_class is not Embedded:

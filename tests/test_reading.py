@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import SMALL, changing, left_padded, prompt, remembering, small_model, stream
 from tests.support.oracle import difference, oracle
 
@@ -28,7 +28,7 @@ class HandsOn(LlamaForCausalLM):
 
 class HandsOnByName(LlamaForCausalLM):
     def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        return super().forward(input_ids=input_ids, **{CACHE: past_key_values}, **kwargs)
 
 
 def with_forward(forward):
@@ -72,7 +72,7 @@ def takes_no_positions():
     own = model.forward
 
     def forward(input_ids, past_key_values=None, use_cache=None):
-        return own(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return own(input_ids=input_ids, use_cache=use_cache, **{CACHE: past_key_values})
 
     model.forward = forward
     return model

@@ -159,7 +159,7 @@ def test_a_bound_cache_of_another_window():
 def test_a_cache_that_took_in_tokens_unbound():
     model, cache = small_model(), SinkCache(16, 4)
     with torch.no_grad():
-        model(input_ids=prompt(5), past_key_values=cache)
+        model(input_ids=prompt(5), **{CACHE: cache})
     with pytest.raises(ValueError, match="was not bound when it took in its 5 tokens"):
         generate(model, input_ids=prompt(6), past_key_values=cache)
     assert cache.get_seq_length() == 5 and not cache.is_bound
@@ -367,7 +367,7 @@ def left_padded() -> dict[str, torch.Tensor]:
 def test_a_batch_that_must_evict_with_its_mask_unseen(inputs):
     model = small_model()
     cache = SinkCache(16, 4).bind(model)
-    settings = dict(do_sample=False, past_key_values=cache)
+    settings = {"do_sample": False, CACHE: cache}
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=12, **settings), expected)  # that fills the window
     cache.reset()
@@ -377,10 +377,10 @@ def test_a_batch_that_must_evict_with_its_mask_unseen(inputs):
 
 def test_rows_that_were_padded_go_on_prepared_only():
     model = small_model()
-    cache = generate(model, 16, 4, **left_padded(), max_new_tokens=5, return_dict_in_generate=True).past_key_values
+    cache = generate(model, 16, 4, **left_padded(), max_new_tokens=5, return_dict_in_generate=True)[CACHE]
     with torch.no_grad():
         with pytest.raises(ValueError, match="its rows were padded.*prepare_inputs"):
-            model(input_ids=prompt(1, rows=2), past_key_values=cache)
+            model(input_ids=prompt(1, rows=2), **{CACHE: cache})
         model(**cache.prepare_inputs(prompt(1, rows=2)))
 
 
@@ -470,7 +470,7 @@ def test_gradients_that_pass_by_a_bound_cache():
         model = small_model().requires_grad_(False)
         weight = model.model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
         for ids in prompt(12).split([10, 1, 1], dim=1):
-            inputs = dict(input_ids=ids, past_key_values=cache)
+            inputs = {"input_ids": ids, CACHE: cache}
             model(
                 **cache.bind(model).prepare_inputs(ids) if isinstance(cache, SinkCache) else inputs
             ).logits.sum().backward()

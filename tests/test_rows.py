@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import left_padded, on_the_newest, prompt, small_model
 from tests.support.oracle import difference
 
@@ -92,13 +92,13 @@ def test_rows_keep_their_own_count_when_the_batch_is_rearranged():
     for stop in (2, 30):  # while the rows are still filling, and after
         first = generate(model, 16, 4, **inputs, max_new_tokens=stop, **settings)
         rows = torch.tensor([2, 0, 1, 0])
-        first.past_key_values.batch_select_indices(rows)
+        first[CACHE].batch_select_indices(rows)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, stop, dtype=torch.long)], dim=1)
         rest = generate(
             model,
             input_ids=first.sequences[rows],
             attention_mask=mask[rows],
-            past_key_values=first.past_key_values,
+            past_key_values=first[CACHE],
             max_new_tokens=60 - stop,
             **settings,
         )
@@ -150,4 +150,4 @@ def test_the_chunks_of_a_long_prompt():
     output = generate(model, 16, 4, input_ids=prompt(40), max_new_tokens=2, return_dict_in_generate=True)
     hook.remove()
     assert seen == [16] + [3] * 8 + [1]
-    assert output.past_key_values.get_seq_length() == 41
+    assert output[CACHE].get_seq_length() == 41

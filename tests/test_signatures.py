@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Cache
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import CACHE, SinkCache
 from tests.support.helpers import prompt, small_model
 
 METHODS = [name for name, method in vars(Cache).items() if inspect.isfunction(method) and not name.startswith("_")]
@@ -26,7 +26,7 @@ def test_new_tokens_are_counted_by_either_name(bound):
     cache = SinkCache(16, 4)
     if bound:
         model = small_model()
-        model(input_ids=prompt(5), past_key_values=cache.bind(model))
+        model(input_ids=prompt(5), **{CACHE: cache.bind(model)})
     columns = torch.arange(5, 8) if bound else torch.arange(3)
     expected = cache.get_mask_sizes(3, 0)
     assert expected[0] == len(columns) + cache.get_seq_length()

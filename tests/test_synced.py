@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import answer, prompt, seeded, small_model
 from tests.support.ranks import run_ranks
 
@@ -54,9 +54,9 @@ def test_a_finished_rank_waits_and_changes_nothing(mode, max_new_tokens, monkeyp
         settings = dict(max_new_tokens=max_new_tokens, past_key_values=SinkCache(16, 4), **MODES[mode])
         with seeded():
             output = generate(model, input_ids=prompt(10, rows=2), return_dict_in_generate=True, **settings, **kwargs)
-        after = copy.deepcopy(output.past_key_values)
+        after = copy.deepcopy(output[CACHE])
         with torch.no_grad():
-            logits = model(**output.past_key_values.prepare_inputs(prompt(3, rows=after.batch_size))).logits
+            logits = model(**output[CACHE].prepare_inputs(prompt(3, rows=after.batch_size))).logits
         return output.sequences, after, logits
 
     expected, alone, expected_logits = a_call()

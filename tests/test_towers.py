@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers import Blip2ForConditionalGeneration as Blip2
 from transformers import InstructBlipForConditionalGeneration as InstructBlip
 
-from custom_generate.generate import SinkCache, generate, read_model
+from custom_generate.generate import CACHE, SinkCache, generate, read_model
 from tests.support import ROOT, helpers
 from tests.support.helpers import RELEASE, SMALL, at_the_ends, loadable, prompt, seeded, sharpened
 from tests.support.oracle import difference, oracle
@@ -182,9 +182,9 @@ def test_text(name, length):
 def test_turns_and_a_saved_conversation(name, tmp_path):
     model = model_with_a_tower(name)
     first = stream(model, prompt(3).clamp(max=200), 20)
-    first.past_key_values.save(tmp_path / "conversation")
+    first[CACHE].save(tmp_path / "conversation")
     said = torch.cat([first.sequences, prompt(5).clamp(max=200)], dim=1)
-    for cache in (first.past_key_values, SinkCache.load(tmp_path / "conversation", model)):
+    for cache in (first[CACHE], SinkCache.load(tmp_path / "conversation", model)):
         output = stream(model, said, 20, past_key_values=cache, prefill_chunk_size=1)
         assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[27:-1]) < 1e-5
 
@@ -211,7 +211,7 @@ def test_positions_that_a_model_keeps_of_another_conversation(name):
         output = stream(model, said, 20, **({} if cache is None else {"past_key_values": cache}))
         expected = oracle(model, output.sequences[0].tolist(), 16, 4)[said.shape[1] - 1 : -1]
         assert difference(torch.cat(output.logits), expected) < 1e-5
-        said, cache = output.sequences, output.past_key_values
+        said, cache = output.sequences, output[CACHE]
     own, logits = SinkCache(16, 4).bind(model), []
     for token in said[0, :30, None, None]:
         with torch.no_grad():
@@ -292,5 +292,5 @@ def test_a_model_that_generates_inside_by_each_door(name):
     model.generate = functools.partial(generate, model=model)  # as of a folder that carries the code
     cache = SinkCache(16, 4)
     assert torch.equal(model.generate(**inputs), expected)
-    assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**inputs, **{CACHE: cache}), expected)
     assert cache.get_seq_length() == 39

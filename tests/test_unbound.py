@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import Cache
 
-from custom_generate.generate import SinkCache
+from custom_generate.generate import CACHE, SinkCache
 from tests.support import ROOT
 from tests.support.helpers import prompt, seeded, small_model, with_the_old_class
 
@@ -110,7 +110,7 @@ def test_plain_generate_makes_the_same_tokens_with_either_class(dtype, settings)
 
     def tokens(cache: Cache) -> torch.Tensor:
         with seeded():
-            return model.generate(prompt(5), past_key_values=cache, max_new_tokens=40, **settings)
+            return model.generate(prompt(5), **{CACHE: cache}, max_new_tokens=40, **settings)
 
     ours, theirs = tokens(SinkCache(16, 4)), tokens(old_class(16, 4))
     assert torch.equal(ours, theirs)

@@ -5,7 +5,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.conftest import HUB
 from tests.support import ROOT
 from tests.support.helpers import RELEASE, left_padded, loadable, on_the_newest, prompt, seeded, small_model
@@ -127,7 +127,7 @@ def test_a_lora_adapter_is_seen_through(inside, adapted):
     sequences, _ = stream("generate", model, prompt(3))
     cache = SinkCache(16, 4).bind(model)
     with seeded():
-        plain = adapted.generate(input_ids=prompt(3), past_key_values=cache, max_new_tokens=60, do_sample=True)
+        plain = adapted.generate(input_ids=prompt(3), max_new_tokens=60, do_sample=True, **{CACHE: cache})
     assert torch.equal(plain, sequences)
 
 

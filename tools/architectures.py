@@ -283,7 +283,7 @@ def _difference(
         output = generate(
             model,
             input_ids=prompt(length),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             max_new_tokens=max_new_tokens,
             min_new_tokens=max_new_tokens,

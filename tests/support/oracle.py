@@ -3,6 +3,8 @@
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from custom_generate.generate import CACHE
+
 
 @torch.no_grad()
 def oracle(
@@ -100,8 +102,8 @@ def oracle_in_order(
         output = model(
             input_ids=torch.tensor([[token]]),
             attention_mask=torch.ones(1, kept + 1, dtype=torch.long),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         logits.append(output.logits[0, -1])
     return torch.stack(logits)
