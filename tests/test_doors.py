@@ -1,5 +1,6 @@
 """Every way that transformers offers into `generate` leads to the same tokens."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -47,6 +48,16 @@ def test_a_hub_id_downloads_once(hub, model, expected):
     hub.requests.clear()
     assert torch.equal(model.generate(**call), expected)
     assert hub.requests and not [request for request in hub.requests if not request.startswith("HEAD ")]
+
+
+@pytest.mark.ends_only
+@pytest.mark.parametrize("release", ["4.51.3", "5.99.0.dev0", "6.1.0"])
+def test_only_releases_older_than_the_tested_ones_are_refused(monkeypatch, release):
+    installed = {"torch": "2.6.0+cpu", "transformers": release}
+    monkeypatch.setattr(dynamic_module_utils.importlib.metadata, "version", installed.get)
+    context = pytest.raises(ImportError, match="transformers>=4.52") if release < "4.52" else contextlib.nullcontext()
+    with context:
+        dynamic_module_utils.check_python_requirements(ROOT, requirements_file="custom_generate/requirements.txt")
 
 
 def test_a_hub_id_with_a_revision(hub, model):

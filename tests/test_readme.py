@@ -172,6 +172,9 @@ def test_make_has_the_targets(document):
 @newest_only
 def test_the_readme_is_a_card():
     assert len(text_of("README.md").splitlines()) < 240
+    # As in other repositories of this kind, so that who knows one finds the same here.
+    headings = re.findall(r"^## (.*)$", text_of("README.md"), flags=re.MULTILINE)
+    assert headings[:4] == ["Base model", "Model compatibility", "Additional arguments", "Output type changes"]
 
 
 @newest_only
