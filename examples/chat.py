@@ -7,6 +7,7 @@ Only what is new is read: a turn costs the same after ten minutes and after ten 
 """
 
 import argparse
+import copy
 import signal
 from typing import Any, Optional
 
@@ -37,6 +38,9 @@ class Interrupted(StoppingCriteria):
 class Chat:
     """A conversation of which the cache is all that is kept.
 
+    Models that think fill a window with thoughts, which their chat templates leave out of later turns. So a copy of the
+    cache is kept from where the answer begins. If the template leaves something out, the copy reads what is left.
+
     Args:
         system: the system prompt, all of it kept for ever; None for none, and 4 sinks.
         settings: what `generate` is called with.
@@ -45,47 +49,58 @@ class Chat:
     def __init__(self, model: Any, tokenizer: Any, window_length: int, system: Optional[str], **settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.system = [{"role": "system", "content": system}] if system else []
-        num_sink_tokens = self.ids(self.text(self.system)).shape[1] if system else 4
+        num_sink_tokens = self.ids(self.text([])).shape[1] if system else 4
         self.cache = SinkCache(window_length, num_sink_tokens).bind(model)
-        # How the template opens a later turn, and ends an answer: seen in a conversation that has both.
-        said = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
-        self.said, self.end_of_answer = said, self.text(self.system + said).rpartition("B")[2]
+        ends = model.generation_config.eos_token_id
+        self.ends = ends if isinstance(ends, list) else [ends]
 
     def text(self, messages: list[dict], **kwargs) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, **kwargs)
 
     def ids(self, text: str) -> torch.Tensor:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return torch.tensor([ids], dtype=torch.long, device=self.model.device)  # of no text too
 
-    def turn(self, message: str) -> torch.Tensor:
-        """The tokens that a message adds to the conversation, `[1, tokens]`."""
-        before, start = self.system, 0
-        if self.cache.get_seq_length() > 0:
-            before = self.system + self.said
-            start = len(self.text(before))
-        whole = self.text([*before, {"role": "user", "content": message}], add_generation_prompt=True)
-        return self.ids(whole[start:])
+    def turn(self, message: dict) -> str:
+        """What a message adds to a conversation: the end of the answer before it, and the message."""
+        question, answer = {"role": "user", "content": "Is it?"}, "It is."
+        whole = self.text([question, {"role": "assistant", "content": answer}, message])
+        return whole[len(self.text([question])) :].partition(answer)[2]
 
-    def answer(self, message: str) -> None:
+    def later(self, message: dict, answer: str) -> str:
+        """What an answer to a message adds to the conversation, as the template has it in later turns."""
+        whole = self.text([message, {"role": "assistant", "content": answer}, message])
+        return whole[len(self.text([message])) :].removesuffix(self.turn(message))
+
+    def go_on(self, ids: torch.Tensor, **settings) -> torch.Tensor:
+        """Read tokens, `[1, tokens]`, and return those that the model says then, of which the last one is not read."""
+        mask = ids.new_ones(1, self.cache.get_seq_length() + ids.shape[1])
+        sequences = generate(self.model, input_ids=ids, attention_mask=mask, cache=self.cache, **settings)
+        return sequences[:, ids.shape[1] :]
+
+    def answer(self, content: str) -> None:
         """Take in a message, print the answer as it comes, and take that in too."""
-        new, seen = self.turn(message), self.cache.get_seq_length()
+        message = {"role": "user", "content": content}
+        before = self.text([message])
+        opening = self.text([message], add_generation_prompt=True)[len(before) :]
+        new = self.ids(before if self.cache.get_seq_length() == 0 else self.turn(message))
         with Interrupted() as interrupted:
-            sequences = generate(
-                self.model,
-                input_ids=new,
-                attention_mask=new.new_ones(1, seen + new.shape[1]),
-                cache=self.cache,
+            self.go_on(new[:, :-1], max_new_tokens=1)
+            last, beginning = new[:, -1:], copy.deepcopy(self.cache)
+            said = self.go_on(
+                torch.cat([last, self.ids(opening)], dim=1),
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=[interrupted],
                 **self.settings,
             )
-            unseen = sequences[:, self.cache.get_seq_length() - seen :]
-            end = self.ids(self.end_of_answer)
-            if unseen[0, -1:].equal(end[0, :1]):  # templates may put nothing after an answer
-                end = end[:, 1:]
-            with torch.no_grad():
-                self.model(**self.cache.prepare_inputs(torch.cat([unseen, end], dim=1)))
+            ended = said[0, -1].item() in self.ends  # by a token that the next turn begins with
+            answer = self.tokenizer.decode(said[0, : said.shape[1] - ended])
+            later = self.later(message, answer)
+            if later != opening + answer:
+                self.cache = beginning
+                self.go_on(torch.cat([last, self.ids(later)], dim=1), max_new_tokens=1)
+            elif not ended:
+                self.go_on(said[:, -1:], max_new_tokens=1)
 
     def stats(self) -> str:
         seen = self.cache.get_seq_length()

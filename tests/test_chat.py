@@ -79,14 +79,18 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
     assert seen(chat) == stopped
 
 
-def test_a_template_that_puts_nothing_after_an_answer(monkeypatch):
+@pytest.mark.parametrize("ends, read", [({}, 9), ({"forced_eos_token_id": 2}, 8)], ids=["cut off", "ended"])
+def test_a_template_that_puts_nothing_after_an_answer(monkeypatch, ends, read):
     monkeypatch.setitem(sys.modules, "sink_cache", custom_generate)
     Chat = runpy.run_path(str(ROOT / "examples/chat.py"))["Chat"]
     tokenizer = small_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
-    chat = Chat(small_model(vocab_size=300), tokenizer, 16, None, max_new_tokens=9, do_sample=False)
-    for _ in range(2):
-        before, turn = chat.cache.get_seq_length(), chat.turn("And then?")
-        assert tokenizer.decode(turn[0]) == "[user]And then?" and turn.dtype is torch.long
+    tokenizer.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    model = small_model(vocab_size=300, eos_token_id=2)
+    chat = Chat(model, tokenizer, 16, None, max_new_tokens=9, min_new_tokens=8, do_sample=False, **ends)
+    turn = chat.turn({"role": "user", "content": "And then?"})
+    assert turn == "[user]And then?" and chat.ids("").dtype is torch.long
+    length = sum(chat.ids(text).shape[1] for text in (turn, "[assistant]")) + read  # and nothing behind the answer
+    for number in range(1, 3):
         chat.answer("And then?")
-        assert chat.cache.get_seq_length() == before + turn.shape[1] + 9  # all of the answer, and nothing behind it
+        assert chat.cache.get_seq_length() == number * length
