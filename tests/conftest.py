@@ -97,21 +97,16 @@ def hub() -> Hub:
     return HUB
 
 
-@pytest.fixture(scope="session")
-def carrier(tmp_path_factory) -> Path:
-    """A model repository that carries `custom_generate/` and names its window, in a folder and as you/my_model.
+def carrying(folder: Path, name: str, model, processor, tokenizer) -> Path:
+    """A model repository that carries `custom_generate/` and names its window, in `folder` and on the Hub as `name`.
 
     Its model says nothing but lower-case letters.
     """
     from transformers import GenerationConfig
 
-    from tests.support.helpers import small_model, small_tokenizer
-
-    folder = tmp_path_factory.mktemp("model") / "carrier"
-    tokenizer = small_tokenizer()
     words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    small_model(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     GenerationConfig(
         window_length=16,
         num_sink_tokens=4,
@@ -120,8 +115,29 @@ def carrier(tmp_path_factory) -> Path:
         suppress_tokens=[token for token, word in enumerate(words) if not re.fullmatch("[a-z]+", word)],
     ).save_pretrained(folder)
     shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
-    HUB.commit_folder("you/my_model", folder)
+    HUB.commit_folder(name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def carrier(tmp_path_factory) -> Path:
+    """The folder of such a repository, you/my_model on the Hub."""
+    from tests.support.helpers import small_model, small_tokenizer
+
+    tokenizer = small_tokenizer()
+    model = small_model(vocab_size=len(tokenizer))
+    return carrying(tmp_path_factory.mktemp("model") / "carrier", "you/my_model", model, tokenizer, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def carrier_of_images(tmp_path_factory) -> Path:
+    """The folder of one whose model sees images, you/my_eyes on the Hub."""
+    from tests.support.helpers import small_model_of_images
+
+    pytest.importorskip("PIL")
+    model, processor = small_model_of_images()
+    folder = tmp_path_factory.mktemp("model") / "carrier_of_images"
+    return carrying(folder, "you/my_eyes", model, processor, processor.tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, dynamic_module_utils, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    dynamic_module_utils,
+    pipeline,
+)
 
 from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
-from tests.support.helpers import RELEASE, at_the_ends, loadable, prompt, seeded, small_model
+from tests.support.helpers import RELEASE, at_the_ends, image_url, loadable, prompt, seeded, small_model
 
 CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=40, do_sample=False)
 
@@ -246,6 +254,35 @@ def test_a_pipeline(chat, door, carrier, hub):
     plain = AutoModelForCausalLM.from_pretrained(carrier)
     expected = through_the_folder(plain, inputs)[0, inputs.shape[1] :]
     assert text[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("door", ["custom_generate", "carrier"])
+def test_a_pipeline_of_images(door, carrier_of_images, hub):
+    plain, processor = (
+        kind.from_pretrained(carrier_of_images) for kind in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    call = {}
+    if door == "custom_generate":
+        call = dict(custom_generate="org/sink_cache", trust_remote_code=True)
+    asker = pipeline("image-text-to-text", loadable(carrier_of_images), trust_remote_code=door == "carrier")
+    messages, said = [], {}
+    for turn in range(2):
+        content = [{"type": "image", "url": image_url(turn)}, {"type": "text", "text": "What is to be seen?"}]
+        messages.append({"role": "user", "content": content})
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+        )
+        assert len(inputs.pixel_values) == turn + 1
+        for window_length in (16, 200):
+            settings = dict(window_length=window_length, max_new_tokens=20, do_sample=False)
+            output = asker(text=messages, return_full_text=False, generate_kwargs=settings | call)
+            expected = generate(plain, **inputs, **settings)
+            said[window_length] = processor.decode(expected[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            assert output[0]["generated_text"] == said[window_length]
+        assert torch.equal(plain.generate(**inputs, max_new_tokens=20, do_sample=False), expected)
+        messages.append({"role": "assistant", "content": said[16]})
+    assert said[16] != said[200]
 
 
 # --- defaults from a file

@@ -12,11 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from custom_generate.generate import generate
 from tests.support import ROOT
 from tests.support.documents import snippets
-from tests.support.helpers import free_port, loadable
+from tests.support.helpers import free_port, image_url, loadable
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
@@ -199,3 +200,33 @@ def test_kept_conversations(server, answer, carrier, counts, hub, tmp_path):
     messages += [{"role": "assistant", "content": "on"}, {"role": "user", "content": TURNS[1]}]
     _, read = ask(messages)
     assert read <= length(messages) - length(messages[:-2]) + 1
+
+
+def test_images(server, carrier_of_images, hub):
+    from openai import OpenAI
+
+    model, processor = (
+        kind.from_pretrained(carrier_of_images) for kind in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    settings = json.loads((carrier_of_images / "generation_config.json").read_text())
+    longer = {"generation_config": json.dumps({**settings, "window_length": 200})}
+    client, asked, messages = OpenAI(base_url=f"{server}/v1", api_key="none"), [], []
+    for turn in range(2):
+        words, url = {"type": "text", "text": "What is to be seen?"}, image_url(turn)
+        asked.append({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, words]})
+        messages.append({"role": "user", "content": [{"type": "image", "url": url}, words]})
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+        )
+        plain = dict(**inputs, max_new_tokens=20, do_sample=False)
+        expected = [generate(model, 16, 4, **plain), model.generate(**plain)]  # which a window of 200 holds all of
+        said = []
+        for body, sequences in zip(({}, longer), expected):
+            request = dict(model="you/my_eyes", messages=asked, max_tokens=20, temperature=0, extra_body=body)
+            with client.chat.completions.create(**request, stream=True) as response:
+                said.append("".join(chunk.choices[0].delta.content or "" for chunk in response))
+            answer = processor.decode(sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            assert said[-1] == answer
+        assert said[0] != said[1]
+        for each in (asked, messages):
+            each.append({"role": "assistant", "content": said[0]})

@@ -1,7 +1,10 @@
 """What the tests share: small random models, prompts, the release at hand."""
 
+import base64
 import contextlib
+import io
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -12,11 +15,15 @@ from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
     DeepseekV3Config,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen3Config,
 )
 
@@ -143,6 +150,45 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=template,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def small_model_of_images() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A random LLaVA, whose images are four tokens each, and its processor. Its tokenizer is the one above."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava import LlavaProcessor
+
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    content = (
+        "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4}),
+        tokenizer,
+        patch_size=2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template.replace("{{ message.content }}", content),
+    )
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=4, patch_size=2, projection_dim=32, **sizes),
+        text_config=LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}),
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+    )
+    with seeded():
+        return sharpened(AutoModelForImageTextToText.from_config(config).eval()), processor
+
+
+def image_url(seed: int) -> str:
+    """A random image of four by four pixels, as a data URL."""
+    from PIL import Image
+
+    file, pixels = io.BytesIO(), random.Random(seed).randbytes(4 * 4 * 3)
+    Image.frombytes("RGB", (4, 4), pixels).save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def loadable(folder: Path) -> str:
