@@ -12,6 +12,8 @@ from transformers import CompileConfig
 from custom_generate.generate import SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import RELEASE, at_the_ends, left_padded, prompt, seeded, small_model
+from tests.support.oracle import difference
+from tests.test_towers import images_of, model_with_a_tower, typed
 
 pytestmark = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7") and RELEASE >= Version("5.2"),
@@ -74,6 +76,26 @@ def test_one_graph_for_rows_of_their_own():
     sequences = stream(model, ids, attention_mask=mask, compile_config=tracing(graphs))
     assert torch.equal(sequences, stream(model, ids, attention_mask=mask))
     assert len(graphs) == GRAPHS
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])  # the latter with positions of several axes
+def test_one_graph_for_streams_with_images(name):
+    model, graphs = model_with_a_tower(name), []
+    ids, image, other = images_of(model, name)
+    config, compiled, eager = tracing(graphs), SinkCache(16, 4), SinkCache(16, 4)
+    said = torch.empty(1, 0, dtype=torch.long)
+    for new, images in ((ids, image), (prompt(3).clamp(2, 200), {}), (ids, other)):  # the window fills while decoding
+        said = torch.cat([said, new], dim=1)
+        inputs = images | typed(said, name) | dict(suppress_tokens=[0, 208, 209, 210])
+        inputs |= dict(attention_mask=torch.ones_like(said), return_dict_in_generate=True, output_logits=True)
+        output = stream(model, said, compiled, 20, **inputs, compile_config=config)
+        expected = stream(model, said, eager, 20, **inputs)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert difference(torch.cat(output.logits), torch.cat(expected.logits)) < 1e-5
+        said = output.sequences
+    assert len(graphs) == GRAPHS
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.ends_only
