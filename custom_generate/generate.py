@@ -1715,28 +1715,34 @@ def path_to_decoder(model: PreTrainedModel) -> list[str]:
     return next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])[:-1]
 
 
-def shared_path(model: PreTrainedModel) -> Any:
+def shared_path(model: PreTrainedModel, decoder: Any = None) -> Any:
     """A stand-in for `model`, and for the modules around its decoder: what runs set on them does not reach the model.
 
     A model whose positions have several axes keeps in `rope_deltas` by how much those of its latest prompt differ from
     the count of tokens. That prompt may be another conversation's. In a stream, and while a model is read, they don't
     differ.
+
+    Args:
+        decoder: what runs in the place of the model's, if given. What is around it then runs uncompiled, and so do the
+            forwards that others put there, as accelerate does: these and compiled code would run the model's own.
     """
-    holders = [shared(model)]
-    for name in path_to_decoder(model)[:-1]:
-        inner = shared(holders[-1]._modules[name])
-        vars(holders[-1])["_modules"] = {**holders[-1]._modules, name: inner}
-        holders.append(inner)
-    _count_tokens_alone(holders, input_device(model))
-    return holders[0]
-
-
-def set_decoder(stand_in: Any, path: list[str], decoder: Any) -> None:
-    """Have `decoder` in the place of the decoder of a stand-in by `shared_path`, which `path` leads to."""
-    *names, last = path
-    for name in names:
-        stand_in = stand_in._modules[name]
-    vars(stand_in)["_modules"] = {**stand_in._modules, last: decoder}
+    path, module = [], model
+    for name in path_to_decoder(model):
+        path.append((module, name))
+        module = module._modules[name]
+    stand_ins, inner = {}, module if decoder is None else decoder
+    for module, name in reversed(path):
+        if decoder is None or name != "_orig_mod":  # a wrapper of compiled code is left out
+            below, inner = inner, shared(module)
+            vars(inner)["_modules"] = {**module._modules, name: below}
+            if decoder is not None:
+                vars(inner).update(uncompiled_code(module))
+        stand_ins[id(module)] = inner
+    if decoder is not None:
+        for stand_in in stand_ins.values():
+            vars(stand_in).update({name: _rebound(value, stand_ins) for name, value in vars(stand_in).items()})
+    _count_tokens_alone(stand_ins.values(), input_device(model))
+    return stand_ins[id(model)] if path else shared(model)
 
 
 def calling(module: torch.nn.Module, call: Callable) -> Any:
@@ -5294,7 +5300,7 @@ class StreamedCall:
 
     Attributes:
         stand_in: what the decoding loop runs on.
-        path_to_decoder, decoder: see the function of that name; the model itself if there is no path.
+        decoder: what `path_to_decoder` leads to; the model itself if there is no path.
         stream: the cache at work.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
         phase: what the loop is at.
@@ -5326,8 +5332,7 @@ class StreamedCall:
         assisted: bool = False,
         keeper: Optional[Keeper] = None,
     ):
-        self.path_to_decoder = path_to_decoder(model)
-        self.decoder = model.get_submodule(".".join(self.path_to_decoder))
+        self.decoder = model.get_submodule(".".join(path_to_decoder(model)))
         # The model's own methods set things on it too.
         self.model = model = shared_path(model)
         self.cache, self.chunk_size, self.progress = cache, chunk_size, progress
@@ -5525,7 +5530,12 @@ class StreamedCall:
         stream.blocks = [block for block in stream.blocks if block[0] < handed.start] + stream.ahead.blocks()
         stream.plan, self.handed = None, handed
         self._place(handed.arguments.get("position_ids"))
-        set_decoder(self.stand_in, self.path_to_decoder, calling(self.decoder, self._decode))
+        self._run_as(shared_path(self.cache._bound_model, calling(self.decoder, self._decode)))
+
+    def _run_as(self, model: Any) -> None:
+        """Have the stand-in run what `model` does, another stand-in for the same one."""
+        names = {"forward", "_compiled_call_impl", "_modules"} & vars(model).keys()
+        vars(self.stand_in).update({name: vars(model)[name] for name in names})
 
     def _place(self, positions: Optional[torch.Tensor]) -> None:
         """Place new columns at the `positions` that were handed down, `[..., batch, length]`, if they aren't numbers.
@@ -5554,18 +5564,17 @@ class StreamedCall:
         left = (CACHE, "attention_mask", "position_ids", "next_sequence_length")
         kwargs = {name: value for name, value in kwargs.items() if name not in left} | types
         set_columns(kwargs, 0, ids.shape[1], ids.device)
-        model = shared_path(self.cache._bound_model)  # what it sets on itself is for nobody else
-        vars(model).update(self.uncompiled)
+
+        def catch(**arguments) -> None:
+            raise _Caught(arguments)
+
+        # What it sets on itself is for nobody else.
+        model = shared_path(self.cache._bound_model, calling(self.decoder, catch))
         positions = self._positions_around(model, ids, start)
         kwargs |= {} if positions is None else {"position_ids": positions}
         mask = torch.ones_like(ids)  # of which some make positions
         inputs = model.prepare_inputs_for_generation(ids, *args, attention_mask=mask, **kwargs)
         inputs.pop("attention_mask", None)
-
-        def catch(**arguments) -> None:
-            raise _Caught(arguments)
-
-        set_decoder(model, self.path_to_decoder, calling(self.decoder, catch))
         try:
             model(**inputs, return_dict=True)
         except _Caught as caught:
@@ -5688,7 +5697,7 @@ class StreamedCall:
         self.stream.finish_update()
         self._keep_prompt()
         if self.handed is not None:
-            set_decoder(self.stand_in, self.path_to_decoder, self.decoder)
+            self._run_as(self.model)
             self.stream.ahead = self.stream.axes = self.handed = None
         kwargs.pop("attention_mask", None)
         growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from custom_generate.generate import SinkCache, generate
-from tests.support.helpers import at_the_ends, prompt
+from tests.support.helpers import at_the_ends, on_the_newest, prompt
 from tests.support.oracle import difference, oracle_with_images
 from tests.test_towers import IMAGE, TYPED, WITH_AXES, images_of, model_with_a_tower, typed
 
@@ -240,3 +241,28 @@ def test_kept_conversations_with_images(name):
     assert number < 25
     _, number = turn(said, joined(other, other))  # with another image in the first turn
     assert number >= said.shape[1]
+
+
+def with_code_of_others(model, of: str) -> None:
+    """Have what is around the decoder run code that knows the model's own modules."""
+    if of == "accelerate":
+        for module in model.modules():
+            add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    elif of == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif of == "inside":
+        model.model.compile(backend="eager")
+    else:
+        model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "of", [at_the_ends("accelerate"), *(on_the_newest(of) for of in ("forward", "inside", "decoder"))]
+)
+def test_images_through_code_of_others(of):
+    model = model_with_a_tower("llava")
+    ids, image, _ = images_of(model, "llava")
+    said = torch.cat([ids, text(9)], dim=1)
+    expected = ours(model, "llava", said, SinkCache(16, 4), image)
+    with_code_of_others(model, of)
+    assert_same(ours(model, "llava", said, SinkCache(16, 4), image), expected)
