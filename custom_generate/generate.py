@@ -5896,7 +5896,8 @@ def generate(
             cache (`SinkCache`), or by its older name `past_key_values`: continue in this cache. It has a window
                 already, so another `window_length` is an error. Pass the whole conversation as `input_ids`, or only its
                 new tokens and the `attention_mask` of all. A new, unbound cache is bound to `model`. No other call may
-                use the cache until this one ends.
+                use the cache until this one ends. Pass all images or the like of the conversation, or those of new
+                tokens alone.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. It changes time and memory, and
                 no tokens. By default, the part of a prompt that the window holds goes in at once. The rest goes in by
                 chunks of `3/4 * window_length / num_sink_tokens` tokens, at most 256: attention sees a copy of the

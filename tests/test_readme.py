@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from custom_generate.generate import CACHE, OLDER_NAME, SinkCache, __version__, generate
 from tests.support import ROOT
 from tests.support.documents import DOCUMENTS, RUN, prose, snippets, text_of
-from tests.support.helpers import loadable, prompt, small_model, small_tokenizer
+from tests.support.helpers import loadable, png, prompt, small_model, small_model_of_images, small_tokenizer
 from tests.support.ranks import run_ranks
 
 # Code runs on the oldest release and on the newest. What a document says of other files is the same on all.
@@ -41,6 +41,20 @@ def workplace(hub, installed, tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(installed)
     loadable(Path("my_model"))
     return tmp_path
+
+
+@pytest.fixture
+def seeing(workplace, hub) -> None:
+    """A model that sees images, and images, as docs/usage.md names them."""
+    pytest.importorskip("PIL")
+    model, processor = small_model_of_images()
+    model.save_pretrained("llava")
+    processor.save_pretrained("llava")
+    settings = dict(bos_token_id=1, pad_token_id=0, suppress_tokens=[processor.image_token_id])
+    GenerationConfig(**settings).save_pretrained("llava")
+    hub.commit_folder("llava-hf/llava-interleave-qwen-0.5b-hf", workplace / "llava")
+    for seed, name in enumerate(("monday.png", "tuesday.png")):
+        Path(name).write_bytes(png(seed))
 
 
 def shorter(snippet: str) -> str:
@@ -75,10 +89,12 @@ def test_the_readme(workplace, hub):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_usage(workplace):
+def test_usage(workplace, seeing):
     names = run("docs/usage.md", first_example())
     assert names["story"][0]["generated_text"][-1]["role"] == "assistant"
     assert names["logits"].isfinite().all()
+    assert names["watched"].get_seq_length() == names["seen"].shape[1] - 1
+    assert names["described"][0]["generated_text"][-1]["role"] == "assistant"
     # The last token of 50 had not been read, and the one before it was taken back.
     assert names["branch"].get_seq_length() == names["conversation"].shape[1] + 50 - 2
 

@@ -209,7 +209,7 @@ def test_images(server, carrier_of_images, hub):
         kind.from_pretrained(carrier_of_images) for kind in (AutoModelForImageTextToText, AutoProcessor)
     )
     settings = json.loads((carrier_of_images / "generation_config.json").read_text())
-    longer = {"generation_config": json.dumps({**settings, "window_length": 200})}
+    longer = {"generation_config": json.dumps({**settings, "window_length": 200, "kept_conversations": 2})}
     client, asked, messages = OpenAI(base_url=f"{server}/v1", api_key="none"), [], []
     for turn in range(2):
         words, url = {"type": "text", "text": "What is to be seen?"}, image_url(turn)

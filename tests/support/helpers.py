@@ -182,13 +182,18 @@ def small_model_of_images() -> tuple[PreTrainedModel, ProcessorMixin]:
         return sharpened(AutoModelForImageTextToText.from_config(config).eval()), processor
 
 
-def image_url(seed: int) -> str:
-    """A random image of four by four pixels, as a data URL."""
+def png(seed: int) -> bytes:
+    """A file with a random image of four by four pixels."""
     from PIL import Image
 
     file, pixels = io.BytesIO(), random.Random(seed).randbytes(4 * 4 * 3)
     Image.frombytes("RGB", (4, 4), pixels).save(file, "png")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return file.getvalue()
+
+
+def image_url(seed: int) -> str:
+    """The same as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(png(seed)).decode()}"
 
 
 def loadable(folder: Path) -> str:
