@@ -4628,9 +4628,9 @@ class SinkCache(Cache):
     positions. These calls are served for one row without padding, up to the length that the model was trained on.
     Refused are a batch that must evict, several tokens at once that evict, steps past that length, going on with rows
     that were padded or whose positions were lowered, and any eviction from a cache whose columns the model goes by. Two
-    things go unnoticed in such calls, and give wrong tokens: padding of a single row, and `position_ids` that are not
-    the model's own. A model may make such positions itself, where it keeps `rope_deltas` of another conversation with
-    images.
+    things go unnoticed in such calls, and give wrong tokens: padding of a single row, and positions that are no numbers
+    of tokens. You may pass such `position_ids`, or a model may make them itself, of an image in two dimensions or of
+    `rope_deltas` of another conversation with images.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).

@@ -1,4 +1,4 @@
-"""Models with a tower for images beside the language model: they stream text, and images where positions allow it."""
+"""Models with a tower for images beside the language model: their text. `test_pictures.py` has images."""
 
 import functools
 
