@@ -5604,6 +5604,8 @@ class StreamedCall:
     def _decode(self, **arguments) -> Any:
         """Run the decoder on an update of a prompt with what was handed down for its columns."""
         plan, handed = self.stream.plan, self.handed
+        if plan is None:  # an idle pass, see `SyncedCall`
+            return self.decoder(**arguments)
         arguments |= handed.of_columns(plan.start, plan.end)
         if handed.arguments.get("inputs_embeds") is not None:
             arguments["input_ids"] = None

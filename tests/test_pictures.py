@@ -7,6 +7,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from custom_generate.generate import SinkCache, generate
 from tests.support.helpers import at_the_ends, on_the_newest, prompt
 from tests.support.oracle import difference, oracle_with_images
+from tests.test_synced import Others
 from tests.test_towers import IMAGE, TYPED, WITH_AXES, images_of, model_with_a_tower, typed
 
 WINDOW = dict(window_length=16, num_sink_tokens=4)
@@ -266,3 +267,14 @@ def test_images_through_code_of_others(of):
     expected = ours(model, "llava", said, SinkCache(16, 4), image)
     with_code_of_others(model, of)
     assert_same(ours(model, "llava", said, SinkCache(16, 4), image), expected)
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_images_while_other_ranks_have_longer_prompts(name, monkeypatch):
+    model = model_with_a_tower(name)
+    ids, image, _ = images_of(model, name)
+    said = torch.cat([ids, text(9)], dim=1)
+    expected = ours(model, name, said, SinkCache(16, 4), image)
+    Others(monkeypatch, steps=9, prompt_passes=9)
+    assert_same(ours(model, name, said, SinkCache(16, 4), image, synced_gpus=True), expected)
