@@ -3849,6 +3849,7 @@ class Stream:
         Raises:
             ValueError: layers that slide, or keep a state, were cut short: they can't take tokens back.
         """
+        self.ahead = self.axes = None  # those of a prompt that is no longer going in
         self.follow_offsets()
         progress, plan = {columns for layer in self.layers for columns in layer.progress()}, self.plan
         if len(progress) > 1 and self.can_undo:
@@ -3861,7 +3862,7 @@ class Stream:
                 "disagree about the tokens seen, and those that slide or keep a state can't take them back. `reset()` "
                 "it, or use a new one."
             )
-        self.plan = None
+        self._forget_from(self.seen)
 
     @property
     def record_past(self) -> bool:
@@ -3905,6 +3906,10 @@ class Stream:
         """Forget all columns from `end` on, of which `num_removable` tells how many may be."""
         for layer in self.layers:
             layer.take_back(end, self.pads)
+        self._forget_from(end)
+
+    def _forget_from(self, end: int) -> None:
+        """Forget what is known of the columns from `end` on, which the layers have not seen."""
         self.transcript = self.transcript.up_to(end)
         self.media = [media for media in self.media if media.start < end]
         self.blocks = [block for block in self.blocks if block[0] < end]

@@ -1,5 +1,8 @@
 """Images anywhere in a stream: in prompts of any length, in any turn, and as they leave the window."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -194,8 +197,8 @@ def test_a_prompt_with_images_that_is_cut_short(name):
     ids, image, other = images_of(model, name)
     said, images = torch.cat([ids, text(9), ids, text(4)], dim=1), joined(image, other)
     expected = ours(model, name, said, SinkCache(16, 4), images)
-    layer = model.get_input_embeddings(), [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)][-1]
-    for number in range(2, 7):
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)][-1]
+    for number, layer in itertools.product(range(2, 6), (0, -1)):
         cache, calls = SinkCache(16, 4), []
 
         def interrupt(module, args, calls=calls, number=number):
@@ -203,16 +206,23 @@ def test_a_prompt_with_images_that_is_cut_short(name):
             if len(calls) == number:
                 raise KeyboardInterrupt
 
-        hook = layer[1][-1].register_forward_pre_hook(interrupt)
+        hook = layers[layer].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             ours(model, name, said, cache, images, prefill_chunk_size=3)
         hook.remove()
+        kept = copy.deepcopy(cache)
         try:
             output = ours(model, name, said, cache, images)
         except ValueError as error:
             assert not cache.held.can_undo and "reset" in str(error)
-        else:
-            assert_same(output, expected)
+            continue
+        assert_same(output, expected)
+        # Or with text in place of what was not read yet.
+        read = said[:, : kept.get_seq_length()]
+        if read.numel() > 0 and (read == IMAGE).sum() % 4 == 0:
+            instead = torch.cat([read, text(6)], dim=1)
+            seen = {4: image, 8: images}.get(int((read == IMAGE).sum()))
+            assert_same(ours(model, name, instead, kept), ours(model, name, instead, SinkCache(16, 4), seen))
 
 
 @pytest.mark.parametrize("name", ["llava", *map(at_the_ends, NAMES[1:])])
