@@ -11,7 +11,7 @@ MODEL := .cache/SmolLM2-135M-Instruct
 # What is compiled stays, whatever the shell says: Python starts some hundred times here, in 6 seconds instead of 14.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo chat test quick matrix releases models lint architectures perplexity recall prefill update decode assisted turns flat endless peers gpu push clean
+.PHONY: help demo chat test quick matrix releases models lint ahead architectures perplexity recall prefill update decode assisted turns flat endless peers gpu push clean
 
 help:
 	@echo 'make demo     a story past a small window, and what the sinks are for   (ARGS="--window-length 256 --max-new-tokens 2000")'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test     everything: what CI runs'
 	@echo 'make quick    the tests of the newest release of transformers that are fast'
 	@echo 'make matrix   the tests on ten releases of transformers, from the oldest supported to the newest, and a table'
+	@echo 'make ahead    the fast tests and all architectures on the newest release on the index, and the newest pre-release'
 	@echo 'make lint     how the code is formatted'
 	@echo 'make architectures   what streams of all that transformers has: writes COMPATIBILITY.md'
 	@echo 'make push REPO=org/name   put it on the Hub, with a tag of its version   (ARGS=--dry-run to see what)'
@@ -59,6 +60,9 @@ models: $(MODEL) $(HYBRID)
 releases: .venv/ready
 	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 0.8 GB.'
 	.venv/bin/nox --install-only >/dev/null
+
+ahead: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/nox --session ahead $(if $(ARGS),-- $(ARGS))
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

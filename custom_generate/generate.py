@@ -483,6 +483,15 @@ def each_row(distances: list[int]) -> torch.Tensor:
 RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
+# The newest release that the tests run on. Those that only repair it have the same first two numbers.
+NEWEST_TESTED = "5.24.0"
+if RELEASE > tuple(int(number) for number in NEWEST_TESTED.split(".")[:2]):
+    # By transformers' own logger: this module's differs between a copy of the Hub and the installed one.
+    transformers.logging.get_logger("transformers").warning_once(
+        f"sink_cache was tested with transformers up to {NEWEST_TESTED} and not with {transformers.__version__}, so if "
+        f"something fails or looks wrong, try it with {NEWEST_TESTED} too."
+    )
+
 try:
     from transformers.cache_utils import CacheLayerMixin
 except ImportError:  # until 4.53 a cache has no layer objects

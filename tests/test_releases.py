@@ -1,9 +1,14 @@
 """The releases of transformers that the tests run on stand in one file, and its ends where users read them."""
 
+import importlib.util
+import logging
 import re
+import sys
 
 import pytest
+import transformers
 
+from custom_generate.generate import NEWEST_TESTED
 from tests.support import RELEASES, ROOT
 
 pytestmark = pytest.mark.newest_only
@@ -24,3 +29,20 @@ def test_users_are_told_the_ends():
     assert f"from {ENDS[0]} to {ENDS[1]}." in (ROOT / "CONTRIBUTING.md").read_text()
     assert f"from {oldest} to {newest}.\n" in (ROOT / "custom_generate/requirements.txt").read_text()
     assert f'"transformers>={oldest},<6"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_file_that_travels_alone_knows_the_newest():
+    assert NEWEST_TESTED == RELEASES[-1]
+
+
+@pytest.mark.parametrize("release, told", [("99.1.0.dev0", True), (RELEASES[-1].rpartition(".")[0] + ".99", False)])
+def test_an_import_on_a_newer_release_says_so_once(release, told, monkeypatch):
+    said, doors = [], ("sink_cache_of_one_door", "sink_cache_of_another")
+    monkeypatch.setattr(logging.getLogger("transformers"), "warning", said.append)
+    monkeypatch.setattr(transformers, "__version__", release)
+    for door in doors:
+        spec = importlib.util.spec_from_file_location(door, ROOT / "custom_generate/generate.py")
+        monkeypatch.setitem(sys.modules, door, importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[door])
+    assert len(said) == told
+    assert all(f"up to {RELEASES[-1]} and not with {release}" in line and line.count(". ") == 0 for line in said)

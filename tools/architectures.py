@@ -455,6 +455,16 @@ def report(rows: list[Row]) -> str:
     return text + (NOT_BUILT_TEXT.format(rows=unbuilt) if unbuilt else "")
 
 
+def no_longer(rows: list[Row], old: str) -> list[str]:
+    """What stands among the types that stream in the text `old` of COMPATIBILITY.md, and does not stream now.
+
+    A type that transformers has no more is none of these.
+    """
+    streamed = re.findall(r"^\| (\w+) \| ", old.partition("## Published models")[0], flags=re.MULTILINE)
+    now = {row.model_type: row.verdict for row in rows}
+    return [name for name in streamed if not now.get(name, "streams").startswith(("streams", "wrong", "fails"))]
+
+
 def quiet() -> None:
     """Make a worker silent, and leave the other core to the other one."""
     torch.set_num_threads(1)
@@ -467,6 +477,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="a model type to try (default: all, written down)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless COMPATIBILITY.md is current")
+    parser.add_argument(
+        "--ahead", action="store_true", help="write nothing; show what would change, and fail for what streamed alone"
+    )
     arguments = parser.parse_args()
     types = arguments.types or [*sorted(MODEL_TYPES), *PUBLISHED]
     if unknown := set(types) - {*MODEL_TYPES, *PUBLISHED}:
@@ -477,16 +490,19 @@ def main() -> None:
         for row in pool.imap(attempt, types):
             rows.append(row)
             print("  ".join(text for text in dataclasses.astuple(row) if text), flush=True)
-    if wrong := [row.model_type for row in rows if row.wrong]:
+    wrong = [row.model_type for row in rows if row.wrong]
+    text, old = report(rows), REPORT.read_text() if REPORT.exists() else ""
+    lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "COMPATIBILITY.md", "now", lineterm="")
+    changes = "\n".join(lines)
+    if arguments.ahead:
+        print(changes)
+        wrong += no_longer(rows, old)
+    if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")
-    if arguments.types:
-        return
-    text = report(rows)
-    if not arguments.check:
+    if arguments.check and changes:
+        sys.exit(changes)
+    if not (arguments.types or arguments.check or arguments.ahead):
         REPORT.write_text(text)
-    elif text != (old := REPORT.read_text() if REPORT.exists() else ""):
-        lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "COMPATIBILITY.md", "now", lineterm="")
-        sys.exit("\n".join(lines))
 
 
 if __name__ == "__main__":
