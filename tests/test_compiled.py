@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch._inductor import compile_fx
 from transformers import CompileConfig
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import RELEASE, at_the_ends, left_padded, prompt, seeded, small_model
 from tests.support.oracle import difference
@@ -153,7 +153,7 @@ def test_no_compilation_without_this_generate():
     with seeded():
         sequences = model.generate(
             input_ids=prompt(5),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=NEW_TOKENS,
             do_sample=True,
             compile_config=tracing(graphs),
