@@ -88,6 +88,7 @@ def test_the_readme(workplace, hub):
 
 
 @pytest.mark.slow
+@newest_only  # its images need a processor without torchvision, which older releases lack
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_usage(workplace, seeing):
     names = run("docs/usage.md", first_example())
