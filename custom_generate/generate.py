@@ -146,16 +146,19 @@ class Positions:
 
     def of(self, columns: torch.Tensor) -> torch.Tensor:
         """The least position of each of `columns`, int64 `[rows, n]`. Those before `start` get any."""
-        known = self.least.expand(max(len(self.least), len(columns)), -1)
-        columns = columns.expand(len(known), -1)
+        return self._look_up(self.least, columns)
+
+    def _look_up(self, known: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """What `known`, the least or the largest, is for `columns`: for text at the end, one more with each."""
+        rows = max(len(known), len(columns))
+        known, columns = known.expand(rows, -1), columns.expand(rows, -1)
         places = (columns - self.start).clamp(0, known.shape[1] - 1)
         return torch.where(columns < self.end, known.gather(1, places), self.largest[:, -1:] + 1 + columns - self.end)
 
     def after(self, column: int) -> list[int]:
         """`[rows]`, the position that text has which goes on at `column`, behind the first column known."""
-        if column > self.end:
-            return (self.largest[:, -1] + 1 + column - self.end).tolist()
-        return (self.largest[:, column - self.start - 1] + 1).tolist()
+        before = torch.tensor([[column - 1]], dtype=torch.long, device="cpu")
+        return (self._look_up(self.largest, before)[:, 0] + 1).tolist()
 
     def up_to(self, end: int) -> "Positions":
         """Those of the columns before `end`."""
@@ -164,16 +167,11 @@ class Positions:
 
     def followed_by(self, start: int, positions: torch.Tensor) -> "Positions":
         """These up to column `start`, and then others, `[axes, rows, columns]`."""
-        before = self if start <= self.end else self._with_text_up_to(start)
-        before, positions = before.up_to(start), positions.to("cpu", torch.long)
-        rows = max(len(before.least), positions.shape[1])
-        least = torch.cat([before.least.expand(rows, -1), positions.amin(0).expand(rows, -1)], dim=1)
-        largest = torch.cat([before.largest.expand(rows, -1), positions.amax(0).expand(rows, -1)], dim=1)
+        rows, positions = max(len(self.least), positions.shape[1]), positions.to("cpu", torch.long)
+        before = torch.arange(self.start, start, dtype=torch.long, device="cpu").expand(rows, -1)
+        least = torch.cat([self.of(before), positions.amin(0).expand(rows, -1)], dim=1)
+        largest = torch.cat([self._look_up(self.largest, before), positions.amax(0).expand(rows, -1)], dim=1)
         return replace(self, least=least, largest=largest.cummax(dim=1).values)
-
-    def _with_text_up_to(self, end: int) -> "Positions":
-        text = self.largest[:, -1:] + torch.arange(1, end - self.end + 1, dtype=torch.long, device="cpu")
-        return replace(self, least=torch.cat([self.least, text], 1), largest=torch.cat([self.largest, text], 1))
 
     def from_column(self, start: int, window: Window, pads: list[int]) -> "Positions":
         """The same without the columns before `start`, in memory of its own."""
@@ -269,8 +267,8 @@ class UpdatePlan:
         self.first_slots = [window.slot(seen) for seen in self.seen]
         # For a single token, all rows whose window is full are alike.
         self.kept = [min(seen, window.length - 1) for seen in self.seen] if length == 1 else self.seen
-        self.needs_mask = self.sees_copies or min(self.kept) < max(self.kept) or min(self.num_new) < length
-        self.needs_mask |= bool(self.sees_until)
+        rows_differ = min(self.kept) < max(self.kept) or min(self.num_new) < length
+        self.needs_mask = self.sees_copies or rows_differ or bool(self.sees_until)
         self._indices: dict[torch.device, tuple] = {}
         self._slots_in_order: dict[torch.device, torch.Tensor] = {}
 
@@ -1952,14 +1950,9 @@ def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
     try:
         yield
     except MODEL_ERRORS as error:
-        if is_of_machine(error):
+        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
             raise
         raise tell(error) from error
-
-
-def is_of_machine(error: Exception) -> bool:
-    """Whether an error is one of the machine, and tells nothing of a model."""
-    return isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS)
 
 
 def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -3420,8 +3413,8 @@ class Ahead:
     until: dict[Optional[str], torch.Tensor]
 
     @classmethod
-    def of(cls, start: int, attention_mask: Any) -> "Ahead":
-        """That of the mask which a model makes for a prompt without a cache.
+    def of(cls, start: int, attention_mask: Any) -> "Optional[Ahead]":
+        """That of the mask which a model makes for a prompt without a cache; None if no column sees a later one.
 
         Args:
             start: the column of the first.
@@ -3437,13 +3430,14 @@ class Ahead:
                 continue
             later = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1).triu(1)
             columns = torch.arange(later.shape[1], dtype=torch.long, device=later.device)
-            ends = torch.where(later, columns, columns[:, None]).amax(-1) + 1
+            ends = columns + 1 + later.sum(-1)  # of those that come next
             if not torch.equal(later, (columns < ends[:, :, None]) & (columns > columns[:, None])):
                 raise ValueError(
                     "`model` can't stream this prompt: tokens see later ones by its mask, but not those that come next."
                 )
-            until[kind] = ends.cpu() + start
-        return cls(start, until)
+            if later.any():
+                until[kind] = ends.cpu() + start
+        return cls(start, until) if until else None
 
     def in_columns(self, start: int, length: int) -> dict[Optional[str], torch.Tensor]:
         """`until` of these columns, for the kinds of layers where one of them sees a later one."""
@@ -3454,19 +3448,14 @@ class Ahead:
 
     def blocks(self) -> list[tuple[int, int]]:
         """The first column, and the one after the last, of each run of columns that an update can't end in."""
-        cuts = [self.start, *(self.start + cut for cut in self.cuts(self.start, self.length))]
+        cuts = [self.start, *(self.start + cut for cut in self.cuts(self.start))]
         return [(before, after) for before, after in zip(cuts, cuts[1:]) if after > before + 1]
 
-    @property
-    def length(self) -> int:
-        """How many columns the prompt has; 0 if none sees a later one."""
-        return next((ends.shape[1] for ends in self.until.values()), 0)
-
-    def cuts(self, start: int, length: int) -> list[int]:
-        """After how many of `length` columns from `start` on an update may end: no column sees one of the next."""
+    def cuts(self, start: int) -> list[int]:
+        """After how many columns from `start` on an update may end: none of them sees one of the next."""
         ends = [ends[:, start - self.start :].amax(0).cummax(0).values for ends in self.until.values()]
-        until = torch.stack(ends).amax(0).tolist() if ends else [start] * length
-        return [number for number in range(1, length + 1) if until[number - 1] <= start + number]
+        until = torch.stack(ends).amax(0).tolist()
+        return [number for number, end in enumerate(until, start=1) if end <= start + number]
 
 
 class CompiledSteps:
@@ -3933,7 +3922,10 @@ class Stream:
         return self.transcript.common_length(input_ids, first, self.seen, self.pads)
 
     def trim_transcript(self) -> None:
-        """Forget ids of columns not seen, and keep but a digest of those that can't be taken back any more."""
+        """Forget ids of columns not seen, and keep but a digest of those that can't be taken back any more.
+
+        What else is known of these columns, as the positions of those that have left the window, goes too.
+        """
         first = 0
         if self.has_evicted:  # else all can be
             # An update that was cut short is yet to be taken back: in the layers that it reached.
@@ -4053,7 +4045,7 @@ def _inputs_in_order(
 
 
 def _replaces_mask(stream: Stream, plan: UpdatePlan) -> bool:
-    """Whether the model is given a mask for an update, in place of the one that it makes by itstream."""
+    """Whether the model is given a mask for an update, in place of the one that it makes by itself."""
     return any(stream.pads) or plan.evicts or stream.is_indexed or bool(plan.sees_until)
 
 
@@ -5151,17 +5143,13 @@ def chunks_of_prompt(
     Raises:
         ValueError: tokens that see later ones, and so come at once, are more than the model can take.
     """
-    start, window, continues, ordered = (
-        stream.seen,
-        stream.window,
-        stream.traits.continues_states,
-        stream.traits.ordered,
-    )
+    start, window, traits = stream.seen, stream.window, stream.traits
+    continues, ordered = traits.continues_states, traits.ordered
     default = min(max(3 * window.length // (4 * max(window.num_sinks, 1)), 1), MOST_IN_A_CHUNK)
-    most = stream.most_at_once(start + length)
-    evicting = min(chunk_size or default, most) if takes_masks and continues and not ordered else 1
+    several = takes_masks and continues and not ordered
+    evicting = min(chunk_size or default, stream.most_at_once(start + length)) if several else 1
     fits = window.length - max(max(start - pad, 0) for pad in stream.pads)
-    cuts = range(1, length) if stream.ahead is None else stream.ahead.cuts(start, length)
+    cuts = range(1, length) if stream.ahead is None else stream.ahead.cuts(start)
     latest = length - max(least_last, min(together, evicting))
     ends = [*(cut for cut in cuts if cut <= latest), length]
     chunks, end = [], 0
@@ -5171,12 +5159,13 @@ def chunks_of_prompt(
         number = bisect.bisect(ends, wanted)  # so many of the ends are no later
         begin, end = end, ends[number - 1] if number > 0 and ends[number - 1] > end else ends[number]
         chunks.append(slice(begin, end))
-    longest = max(chunk.stop - chunk.start for chunk in chunks)
-    if stream.ahead is not None and longest > most:
-        raise ValueError(
-            f"`input_ids` have {longest} tokens that come at once, as some see later ones, like those of an image. "
-            f"This model can take {most}. Pass a smaller image."
-        )
+    for chunk in chunks:
+        number, most = chunk.stop - chunk.start, stream.most_at_once(start + chunk.start)
+        if stream.ahead is not None and number > most:
+            raise ValueError(
+                f"`input_ids` have {number} tokens that come at once, as some see later ones, like those of an image. "
+                f"This model can take {most}. Pass a smaller image."
+            )
     if not (takes_masks or ordered) and len(chunks) > 1:
         _logger.warning_once(
             "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash attention, "
@@ -5314,7 +5303,6 @@ class StreamedCall:
 
     Attributes:
         stand_in: what the decoding loop runs on.
-        decoder: what `path_to_decoder` leads to; the model itself if there is no path.
         stream: the cache at work.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
         phase: what the loop is at.
@@ -5346,7 +5334,6 @@ class StreamedCall:
         assisted: bool = False,
         keeper: Optional[Keeper] = None,
     ):
-        self.decoder = model.get_submodule(".".join(path_to_decoder(model)))
         # The model's own methods set things on it too.
         self.model = model = shared_path(model)
         self.cache, self.chunk_size, self.progress = cache, chunk_size, progress
@@ -5375,6 +5362,11 @@ class StreamedCall:
     @property
     def stream(self) -> Stream:
         return self.cache.held
+
+    @functools.cached_property
+    def decoder(self) -> torch.nn.Module:
+        """The model's own decoder, by `path_to_decoder`; the model itself if there is no path."""
+        return self.model.get_submodule(".".join(path_to_decoder(self.model)))
 
     def decode(self, loop: Callable, kwargs: dict[str, Any]) -> Any:
         """Run the decoding `loop` on the stand-in, which is of no use afterwards."""
@@ -5489,7 +5481,7 @@ class StreamedCall:
         self._compile_step(False)
         media = media_inputs(kwargs)
         around = [*media, *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
-        handed = self._handed_down(input_ids, args, kwargs) if around else None
+        handed = self._handed_down(input_ids, args, kwargs) if media else None
         seen = handed.media(self.model, input_ids) if media and self.prompt.embeddings is None else []
         if handed is not None and handed.unknown:
             self.keeper = None
@@ -5503,6 +5495,8 @@ class StreamedCall:
         if media:
             stream.refuse_other_media(seen, handed.start)
             stream.media = [each for each in stream.media if each.start < handed.start] + seen
+        elif around:
+            handed = self._handed_down_of_text(input_ids, args, kwargs)
         if handed is not None:
             self._take_down(handed)
         if self.prompt.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
@@ -5522,14 +5516,12 @@ class StreamedCall:
         images of new tokens may have been passed, and they are run on these.
         """
         seen, first = self.stream.seen, self.prompt.columns_not_passed
-        failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {list(media_inputs(kwargs))}"
-        with telling(lambda error: ValueError(f"{failed}: {error!r}")):
-            try:
-                handed = self._caught(input_ids, first, args, kwargs)
-            except MODEL_ERRORS as error:
-                if is_of_machine(error) or not first < seen:
-                    raise
-                handed = self._caught(input_ids, seen, args, kwargs)
+        try:
+            handed = self._caught(input_ids, first, args, kwargs)
+        except ValueError:
+            if first == seen:
+                raise
+            handed = self._caught(input_ids, seen, args, kwargs)
         if handed.unknown and handed.start < seen:
             raise ValueError(
                 f"`input_ids` must be the new tokens alone, with the `attention_mask` of all, and their images: this "
@@ -5537,11 +5529,28 @@ class StreamedCall:
             )
         return handed
 
+    def _handed_down_of_text(
+        self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Optional[HandedDown]:
+        """The same for text whose types of tokens are passed; None if they change nothing.
+
+        Most often all new tokens have one type. Then a few of them tell, without a mask of as many columns as rows.
+        """
+        start, end = self.stream.seen, self._end_of(input_ids)
+        types = [kwargs[name][:, start - end :] for name in TOKEN_TYPES if kwargs.get(name) is not None]
+        if all(bool((each == each[:, :1]).all()) for each in types):
+            few = self._caught(input_ids, max(start, end - SOME_COLUMNS), args, kwargs)
+            told = few.unknown or any(few.arguments.get(name) is not None for name in TOKEN_TYPES)
+            if not told and Ahead.of(start, few.arguments.get("attention_mask")) is None:
+                return None
+        return self._caught(input_ids, start, args, kwargs)
+
     def _take_down(self, handed: HandedDown) -> None:
         """Have the decoder get by chunks what was handed down for a prompt, and its columns their positions."""
         stream = self.stream
         stream.ahead = Ahead.of(handed.start, handed.arguments.get("attention_mask"))
-        stream.blocks = [block for block in stream.blocks if block[0] < handed.start] + stream.ahead.blocks()
+        blocks = [] if stream.ahead is None else stream.ahead.blocks()
+        stream.blocks = [block for block in stream.blocks if block[0] < handed.start] + blocks
         stream.plan, self.handed = None, handed
         self._place(handed.arguments.get("position_ids"))
         self._run_as(shared_path(self.cache._bound_model, calling(self.decoder, self._decode)))
@@ -5574,26 +5583,29 @@ class StreamedCall:
             input_ids: those from `Prompt.columns_not_passed` on.
         """
         ids = input_ids[:, start - self.prompt.columns_not_passed :]
-        types = {name: kwargs[name][:, -ids.shape[1] :] for name in TOKEN_TYPES if kwargs.get(name) is not None}
         left = (CACHE, "attention_mask", "position_ids", "next_sequence_length")
-        kwargs = {name: value for name, value in kwargs.items() if name not in left} | types
+        kwargs = {name: value for name, value in kwargs.items() if name not in left}
+        kwargs = slice_inputs(kwargs, slice(-ids.shape[1], None))
         set_columns(kwargs, 0, ids.shape[1], ids.device)
 
         def catch(**arguments) -> None:
             raise _Caught(arguments)
 
+        names = [*media_inputs(kwargs), *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
+        failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {names}"
         # What it sets on itself is for nobody else.
         model = shared_path(self.cache._bound_model, calling(self.decoder, catch))
-        positions = self._positions_around(model, ids, start)
-        kwargs |= {} if positions is None else {"position_ids": positions}
-        mask = torch.ones_like(ids)  # of which some make positions
-        inputs = model.prepare_inputs_for_generation(ids, *args, attention_mask=mask, **kwargs)
-        inputs.pop("attention_mask", None)
-        try:
-            model(**inputs, return_dict=True)
-        except _Caught as caught:
-            return HandedDown(start, caught.arguments)
-        raise RuntimeError("its decoder was not run")
+        with telling(lambda error: ValueError(f"{failed}: {error!r}")):
+            positions = self._positions_around(model, ids, start)
+            kwargs |= {} if positions is None else {"position_ids": positions}
+            mask = torch.ones_like(ids)  # of which some make positions
+            inputs = model.prepare_inputs_for_generation(ids, *args, attention_mask=mask, **kwargs)
+            inputs.pop("attention_mask", None)
+            try:
+                model(**inputs, return_dict=True)
+            except _Caught as caught:
+                return HandedDown(start, caught.arguments)
+            raise RuntimeError("its decoder was not run")
 
     def _positions_around(self, model: Any, ids: torch.Tensor, start: int) -> Optional[torch.Tensor]:
         """The positions of `ids` (`[batch, length]`, from column `start` on) by the model's own rule before the loop.
@@ -5605,10 +5617,8 @@ class StreamedCall:
         given = self.arguments
         rows, first = len(prompt_ids(given)), start - self.prompt.columns_not_passed
         passed = prompt_ids(given)[:, first:]
-        types = {name: given[name][:, -passed.shape[1] :] for name in TOKEN_TYPES if given.get(name) is not None}
-        left = (CACHE, "inputs", "input_ids")
-        given = {name: value for name, value in given.items() if name not in left} | types
-        given["attention_mask"] = torch.ones_like(passed)
+        given = {name: value for name, value in given.items() if name not in (CACHE, "inputs", "input_ids")}
+        given = slice_inputs(given, slice(-passed.shape[1], None)) | {"attention_mask": torch.ones_like(passed)}
         positions = model._prepare_position_ids_for_generation(passed, given)
         positions = positions.repeat_interleave(len(ids) // rows, dim=-2)
         more = torch.arange(1, ids.shape[1] - passed.shape[1] + 1, dtype=torch.long, device=ids.device)  # a draft
@@ -5678,12 +5688,11 @@ class StreamedCall:
 
     def _refuse_handed(self, chunks: list[slice]) -> None:
         """Raise ValueError if what the decoder is handed down can't be streamed in these chunks."""
-        named = "Images or the like can't be streamed"
         if self.handed.unknown and len(chunks) > 1:
             raise ValueError(
-                f"{named} in a prompt that goes in by chunks, with this model: it hands {self.handed.unknown} down to "
-                "its decoder, of which is not known what belongs to which token. Pass a shorter prompt, or a greater "
-                "`window_length`."
+                "Images or the like can't be streamed in a prompt that goes in by chunks, with this model: it hands "
+                f"{self.handed.unknown} down to its decoder, of which is not known what belongs to which token. Pass a "
+                "shorter prompt, or a greater `window_length`."
             )
 
     def _prefill(self, inputs: dict[str, Any], chunks: list[slice]) -> None:

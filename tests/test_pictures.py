@@ -288,3 +288,41 @@ def test_images_while_other_ranks_have_longer_prompts(name, monkeypatch):
     expected = ours(model, name, said, SinkCache(16, 4), image)
     Others(monkeypatch, steps=9, prompt_passes=9)
     assert_same(ours(model, name, said, SinkCache(16, 4), image, synced_gpus=True), expected)
+
+
+@pytest.mark.ends_only
+@pytest.mark.parametrize("name", TYPED)
+def test_text_whose_types_are_passed_goes_in_by_chunks(name):
+    """What is around the decoder makes no mask for all of a long text, nor for all of its conversation."""
+    model, cache, read = model_with_a_tower(name), SinkCache(16, 4), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    said = text(200)
+    for _ in range(2):
+        output = ours(model, name, said, cache, prefill_chunk_size=8)
+        assert max(read) <= 16
+        said = torch.cat([output.sequences, text(9)], dim=1)
+        read.clear()
+
+
+@pytest.mark.ends_only
+@pytest.mark.parametrize("name", TYPED)
+def test_types_that_are_alike_and_see_later_ones(name):
+    model, said = model_with_a_tower(name), text(30)
+    types = {key: torch.ones_like(value) for key, value in typed(said, name).items()}
+    output = generate(model, 16, 4, input_ids=said, **CALL | types)
+    types = {key: torch.nn.functional.pad(value, (0, 12)) for key, value in types.items()}
+    expected = oracle_with_images(model, output.sequences, 16, 4, **types)
+    assert difference(torch.cat(output.logits), expected[-13:-1]) < 1e-5
+
+
+@pytest.mark.ends_only
+@pytest.mark.parametrize("name", TYPED)
+def test_text_whose_types_are_passed_in_a_window_up_to_the_ceiling(name):
+    """As where the window is as long as the model was trained to: all that it holds goes in at once."""
+    model, cache = model_with_a_tower(name), SinkCache(64, 4)
+    cache.bind(model).held.ceiling = 64
+    ids, image, _ = images_of(model, name)
+    for said, images in ((text(80), None), (torch.cat([ids, text(70)], dim=1), image)):
+        assert_same(ours(model, name, said, cache, images), ours(model, name, said, SinkCache(64, 4), images))
+        cache.reset()
+        cache.held.ceiling = 64
