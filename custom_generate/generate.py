@@ -2442,9 +2442,13 @@ def _fit_rotation(
 
 
 def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[Rotation]:
-    """Every rotation of keys of `head_dim` dimensions by what may be frequencies anywhere in the model."""
+    """Every rotation of keys of `head_dim` dimensions by what may be frequencies anywhere in the model.
+
+    They are tried as they are, and from fast to slow: some models keep them by the axes of an image (ERNIE 4.5 VL).
+    """
     seen: list[torch.Tensor] = []
-    for frequencies in itertools.chain.from_iterable(map(_frequencies, model.modules())):
+    found = itertools.chain.from_iterable(map(_frequencies, model.modules()))
+    for frequencies in (ordered for each in found for ordered in (each, each.sort(descending=True).values)):
         if 2 * frequencies.numel() > head_dim or any(torch.equal(frequencies, other) for other in seen):
             continue
         seen.append(frequencies)

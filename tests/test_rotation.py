@@ -46,6 +46,20 @@ def test_a_model_that_turns_backwards():
     assert torch.equal(read_model(model).rotations[0].frequencies, -rotary.inv_freq.double())
 
 
+def test_frequencies_that_are_kept_in_another_order():
+    model = small_model()
+    rotary = model.model.rotary_emb
+    used, forward = rotary.inv_freq.clone(), rotary.forward
+    rotary.inv_freq = rotary.original_inv_freq = torch.cat([used[::2], used[1::2]])
+
+    def in_order(*args, **kwargs):
+        places = torch.arange(8).view(2, 4).T.flatten().repeat(2) + torch.arange(0, 16, 8).repeat_interleave(8)
+        return tuple(part[..., places] for part in forward(*args, **kwargs))
+
+    rotary.forward = in_order
+    assert torch.equal(read_model(model).rotations[0].frequencies, used.double())
+
+
 @pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
 def test_scaled_frequencies_are_those_in_use(rope_type):
     # The scaled frequencies differ from the plain ones in the slow pairs only.
