@@ -1950,9 +1950,14 @@ def telling(tell: Callable[[Exception], Exception]) -> Iterator[None]:
     try:
         yield
     except MODEL_ERRORS as error:
-        if isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS):
+        if is_of_machine(error):
             raise
         raise tell(error) from error
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error is one of the machine, and tells nothing of a model."""
+    return isinstance(error, MACHINE_ERRORS) or any(word in str(error) for word in MACHINE_WORDS)
 
 
 def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
@@ -2125,6 +2130,7 @@ class ModelTraits:
         balances_experts: whether it always returns the logits of its routers, and a loss made of them.
         brings_code: see the function of that name.
         inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
+        rotates_by_axes: whether the same rotations move tokens that have another position on each axis, as of images.
     """
 
     rotations: list[Optional[Rotation]]
@@ -2144,6 +2150,7 @@ class ModelTraits:
     balances_experts: bool
     brings_code: bool
     inverts_masks: bool
+    rotates_by_axes: bool
 
     def __deepcopy__(self, memo: dict) -> "ModelTraits":
         return self  # they never change
@@ -2245,8 +2252,8 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
         return None
     _refuse_change(model, distance, changed, allowed)
     _refuse_mixing(model, logits, max(allowed, 1e-5))
-    for layer_idx, (rotation, index) in enumerate(zip(rotations, indexes)):
-        if rotation is not None and index and index_rotations[layer_idx] is None:
+    for layer_idx, (index, rotation) in enumerate(zip(indexes, index_rotations)):
+        if index and rotation is None:
             raise _unreadable(
                 model,
                 f"the index by which its layer {layer_idx} chooses tokens keeps keys without positions, and takes "
@@ -2315,6 +2322,7 @@ def _traits(
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
         brings_code=brings_code(model),
         inverts_masks=not ordered and brings_code(model) and _inverts_masks(model, mask_dtype, rounding),
+        rotates_by_axes=has_positions_of_axes(model) and _rotates_by_axes(model, rotations, index_rotations, rounding),
     )
 
 
@@ -2345,12 +2353,8 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
     failed = f"it failed on a few tokens at position {reach}"
     before, after, rounding, _, changed, allowed = _compare_at(model, reach, failed, limit)
     known = [*traits.rotations, *traits.index_rotations]
-
-    def candidates(layer_idx: int, tensor: str, head_dim: int) -> list[Rotation]:
-        rotation = known[layer_idx]
-        return [rotation] if rotation is not None and rotation.tensor == tensor else []
-
-    for layer_idx, (left, found) in enumerate(_fit_rotations(before, after, reach, candidates)):
+    fits = _fit_rotations(before, after, reach, lambda layer_idx, tensor, _: _of(known[layer_idx], tensor))
+    for layer_idx, (left, found) in enumerate(fits):
         if left > _tolerance(reach, rounding) or bool(found) != (known[layer_idx] is not None):
             raise _unreadable(
                 model,
@@ -2359,6 +2363,11 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
                 limit,
             )
     _refuse_change(model, reach, changed, allowed, limit)
+
+
+def _of(rotation: Optional[Rotation], tensor: str) -> list[Rotation]:
+    """`rotation`, if it is one of what layers cache as `tensor`."""
+    return [rotation] if rotation is not None and rotation.tensor == tensor else []
 
 
 def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
@@ -2512,7 +2521,7 @@ def _run(
     cache = default_cache(model.config) if cache is None else cache
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
-        kwargs["position_ids"] = positions.expand(len(tokens), -1)
+        kwargs["position_ids"] = positions.repeat(len(tokens), 1)  # some take a view, for which rows can't be shared
     return model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
 
 
@@ -2731,6 +2740,33 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
         _run(model, tokens[:, 1:], start, cache)
         keys.append([layer["keys"] for layer in keys_and_values(cache) if layer][-1])
     return _difference(*keys) <= 4 * rounding
+
+
+def _rotates_by_axes(
+    model: PreTrainedModel,
+    rotations: list[Optional[Rotation]],
+    index_rotations: list[Optional[Rotation]],
+    rounding: float,
+) -> bool:
+    """Whether tokens with another position on each axis move by these rotations when they move alike on all axes.
+
+    They do where the two dimensions of each pair turn with the same axis.
+    """
+    known, distance = [*rotations, *index_rotations], 97
+    tokens = _single_tokens(model)
+    for num_axes in (3, 4):
+        axes = torch.arange(1, 3 * num_axes + 1, 3, dtype=torch.long, device=tokens.device)
+        axes = axes[:, None, None].expand(-1, len(tokens), 1)
+        try:
+            runs = [_run(model, tokens, None, position_ids=positions)[1] for positions in (axes, axes + distance)]
+        except MODEL_ERRORS as error:
+            if is_of_machine(error):
+                raise
+            continue  # it has another number of them
+        before, after = (indexes_last(keys_and_values(cache)) for cache in runs)
+        fits = _fit_rotations(before, after, distance, lambda layer_idx, tensor, _: _of(known[layer_idx], tensor))
+        return all(left <= _tolerance(distance, rounding) for left, _ in fits)
+    return False
 
 
 def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) -> bool:
@@ -5573,6 +5609,12 @@ class StreamedCall:
         if positions is None or (positions.diff() == 1).all():
             return
         positions = positions.view(-1, *positions.shape[-2:]).to("cpu", torch.long)
+        if not stream.traits.rotates_by_axes:
+            raise cant_stream(
+                self.model,
+                "the keys of images, which have a position on each of several axes, do not move by one rotation. So "
+                "they can't be moved as tokens are evicted. Text alone can be streamed.",
+            )
         if len(positions) == 4 and (positions[0].diff() == 1).all():  # the first are numbers, and for no rotation
             positions = positions[1:]
         first = -torch.tensor(stream.pads, dtype=torch.long, device="cpu")[:, None]

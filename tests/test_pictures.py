@@ -326,3 +326,20 @@ def test_text_whose_types_are_passed_in_a_window_up_to_the_ceiling(name):
         assert_same(ours(model, name, said, cache, images), ours(model, name, said, SinkCache(64, 4), images))
         cache.reset()
         cache.held.ceiling = 64
+
+
+@pytest.mark.newest_only
+@torch.no_grad()
+def test_images_whose_keys_no_rotation_moves():
+    """The two dimensions of a pair turn with different axes, which shows in tokens with another position on each."""
+    from tools.architectures import WITH_IMAGES, build
+    from tools.images import an_image, features, types_of
+
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2])
+    model = build("hunyuan_vl", 512, {"text_config": dict(head_dim=16, rope_parameters=rope)}, WITH_IMAGES)
+    image, cache = an_image(model, seed=0), SinkCache(16, 4)
+    said = torch.cat([torch.ones(1, features(model, image), dtype=torch.long), text(14)], dim=1)
+    with pytest.raises(ValueError, match="the keys of images, .* do not move by one rotation"):
+        generate(model, input_ids=said, cache=cache, **image, **types_of(model, said))
+    assert cache.get_seq_length() == 0
+    generate(model, input_ids=text(20), cache=cache, max_new_tokens=5)

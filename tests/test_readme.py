@@ -198,6 +198,14 @@ def test_the_readme_is_a_card():
 def test_the_totals_are_those_of_the_table():
     total, streams = re.search(r"(\d+) model types.*?(\d+) stream", text_of("COMPATIBILITY.md"), re.S).groups()
     assert f"[{streams} of {total}](COMPATIBILITY.md)" in text_of("README.md")
+    of_images = text_of("COMPATIBILITY.md").partition("## Models of images and text")[2]
+    total, streams, with_images = re.search(
+        r"the (\d+) model types.*?(\d+) stream.*?(\d+) of", of_images, re.S
+    ).groups()
+    assert f"Of {total} types of models of images and text {streams} stream text" in " ".join(
+        text_of("README.md").split()
+    )
+    assert f"[{with_images} images too]" in text_of("README.md")
 
 
 @newest_only

@@ -215,9 +215,9 @@ def tiny(model_type: str, **settings):
 
 def swept(model_type: str):
     """The model that `make architectures` tries; newer releases only have all that it needs."""
-    from tools.architectures import build
+    from tools.architectures import MODEL_TYPES, WITH_IMAGES, build
 
-    return build(model_type, 512, {})
+    return build(model_type, 512, {}, MODEL_TYPES if model_type in MODEL_TYPES else WITH_IMAGES)
 
 
 def breaks_on_its_own():
@@ -324,6 +324,13 @@ elif RELEASE >= Version("5.17"):
     MODELS["an index that looks up the positions of its keys"] = (
         lambda: swept("qwen4_exp"),
         "(its layers cache more than keys and values|takes these from the columns of the cache)",
+    )
+
+
+if RELEASE >= Version("5.24"):
+    MODELS["an index that pools the columns of the cache"] = (
+        lambda: swept("glm5_next"),
+        "takes these from the columns of the cache",
     )
 
 

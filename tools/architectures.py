@@ -1,7 +1,8 @@
 """Try every decoder that transformers knows, and write COMPATIBILITY.md: `make architectures`.
 
 Each model type of `AutoModelForCausalLM` is built tiny and random, streamed past its window by `generate`, and compared
-with the oracle of the tests. Types given as arguments are tried and printed, and nothing is written.
+with the oracle of the tests. Each of `AutoModelForImageTextToText` is too, and then with images. Types given as
+arguments are tried and printed, and nothing is written.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import multiprocessing
 import re
 import signal
@@ -29,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from custom_generate.generate import OrderedLayer, SinkCache, SinkLayer, generate, read_model
 from tests.support.helpers import prompt, seeded
 from tests.support.oracle import difference, oracle, oracle_in_order
+from tools.images import stream_images
 from tools.published import PUBLISHED, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +47,9 @@ TRAINED_LENGTH, LONG_ENOUGH = 24, 512  # of the model that is streamed, and of t
 
 # What an integer of a configuration becomes, at most, by its name: the first pattern that matches all of it decides.
 SIZES = {
+    r"(?!decoder).*(start|begin|boi|boa).*token_(id|index)": 209,
+    r".*(end|eoi|eoa).*token_(id|index)": 208,
+    r"(video|audio).*token_(id|index)": 207,
     r".*token_(id|index)|(unk|mask)_index": 1,
     r".*vocab_size.*|.*_vocab": 211,
     r"num_kv_shared_layers|num_(global|lstm)_layers": 2,
@@ -74,6 +80,7 @@ COMMON_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 # Some configurations leave these None, which their models can't use.
 NEVER_NONE = {"head_dim": 16, "num_key_value_heads": 2}
 
+MINIMAX_M3 = {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2}
 # By type, what its configuration needs besides smaller sizes, and why.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # The default layers are all alike, and those of released models are not.
@@ -90,7 +97,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "mellum": {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
-    "minimax_m3_vl_text": {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "minimax_m3_vl_text": MINIMAX_M3,
+    "minimax_m3_vl": {"text_config": MINIMAX_M3},
     # The defaults lack what the model asks for.
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
@@ -110,6 +118,60 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4)
     | dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim", "swa_v_head_dim"), 16)
     | {"swa_qk_nope_head_dim": 8},
+    # Towers for images, whose sizes must fit together or with so small an image.
+    "apertus1p5": {
+        "image_token_offset": 100,
+        "audio_token_offset": 108,
+        "vision_config": {"codebook_size": 8},
+        "audio_config": {"model_type": "wavtokenizer_encoder", "codebook_size": 8},
+    },
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 1} | {f"IMGIMG{chr(65 + code)}Z": 100 + code for code in range(8)}},
+    "chameleon_vqgan": {"num_embeddings": 8, "resolution": 32},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 64]},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "emu3": {
+        "vocabulary_map": {"<image>": 1, "<|extra_200|>": 2}
+        | {f"<|visual token {code:06}|>": 100 + code for code in range(8)}
+    },
+    "emu3_vqgan": {"codebook_size": 8, "hidden_size": 128},
+    "exaone4_5_vision": {"window_size": 112},
+    "florence_vision": {"embed_dim": [64] * 4, "depths": [1] * 4, "num_heads": [4] * 4, "num_groups": [4] * 4},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4": {"vision_config": {}},
+    "gemma4_unified": {"vision_config": {}},
+    "gemma4_unified_vision": {"output_proj_dims": 64, "patch_size": 4, "pooling_kernel_size": 2, "mm_posemb_size": 64},
+    "gemma4_vision": {"global_head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64},
+    "glm5_next_text": {"index_topk": 16},
+    "granite4_vision": {"image_grid_pinpoints": [[28, 28]], "deepstack_layer_map": [[-2, 0], [-1, 2]]}
+    | {"downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "granite_docling_vision": {"image_size": 56, "scale_factor": 2},
+    "hunyuan_vl_text": {"rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2, 2])},
+    "internvl_vision": {"image_size": [56, 56]},
+    "llava_next": {"image_grid_pinpoints": [[28, 28]]},
+    "llava_next_video": {"image_grid_pinpoints": [[28, 28]]},
+    "llava_onevision": {"image_grid_pinpoints": [[28, 28]]},
+    "minicpm_ocr": {"image_token_id": 1},
+    "minicpmv4_6": {"image_token_id": 1},
+    "minicpmv4_7": {"image_token_id": 1},
+    "molmo2": {"image_patch_id": 1},
+    "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "nemotron_h_omni": {"image_token_id": 1},
+    "muse_spark": {"out_hidden_size": 256},
+    "muse_spark_audio": {"num_hidden_layers": 4, "out_hidden_size": 64, "hidden_sizes": [64] * 4, "depths": [1] * 4},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "paddleocr_vl_text": {"rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2])},
+    "qianfan_ocr_vision": {"image_size": [56, 56]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 209},
+    "qwen2_5_omni_vision_encoder": {"window_size": 112},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 209},
+    "radio": {"video_temporal_patch_size": 2},
+    "qwen2_5_vl_vision": {"window_size": 112},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "step3p5": {"sliding_window": 12},
+    "vipllava": {"vision_feature_layers": [-2, 1]},
     # Sizes that must fit together.
     "gemma4_assistant": {
         "text_config": dict.fromkeys(("num_hidden_layers", "num_kv_shared_layers"), 4)
@@ -126,6 +188,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 WITHOUT_TOWERS = {"gemma3n"}
 # All layers read keys of another model. transformers looks for the one among them that makes these, and fails.
 WITHOUT_KEYS = {"gemma4_assistant"}
+
+
+# Why types are tried with text alone.
+NO_IMAGES = {
+    "evolla": "It takes proteins, which were not tried.",
+    "mistral4": "It takes none.",
+    "mllama": "Layers of their own attend to them. They were not tried.",
+    **dict.fromkeys(
+        sorted(WITHOUT_TOWERS), "Its tower for images needs timm, which the sweep is run without. They were not tried."
+    ),
+}
 
 
 def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> PreTrainedConfig:
@@ -164,6 +237,9 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
             settings[name] = 4 if same else size(name, value)
     if hasattr(config, "is_decoder"):
         settings["is_decoder"] = True
+    if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        head_dim = settings.get("qk_rope_head_dim") or settings.get("head_dim") or 16
+        settings["rope_parameters"] = _with_axes(config.rope_parameters or {}, head_dim)
     if "num_hidden_layers" in exceptions:  # then the layers are those that it names
         settings |= per_layer
     elif per_layer:
@@ -175,19 +251,29 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
     return type(config)(**{**settings, **exceptions})
 
 
+def _with_axes(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """`rope` for positions on three axes, each of which turns some pairs of so small a head."""
+    if rope and all(isinstance(value, dict) for value in rope.values()):  # for each kind of layers
+        return {kind: _with_axes(value, head_dim) for kind, value in rope.items()}
+    partial = max(rope.get("partial_rotary_factor", 1.0), 0.5)
+    pairs = int(head_dim * partial) // 2
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | rope | {"partial_rotary_factor": partial}
+    return rope | {"mrope_section": [pairs * 3 // 8, pairs * 3 // 8, pairs - 2 * (pairs * 3 // 8)]}
+
+
 def _are_places(values: Any) -> bool:
     """Whether `values` are the indices of some layers, rather than something of each layer."""
     return all(isinstance(value, int) for value in values) and list(values) == sorted(set(values))
 
 
-def build(model_type: str, length: int, settings: Settings) -> PreTrainedModel:
+def build(model_type: str, length: int, settings: Settings, types: dict[str, str] = MODEL_TYPES) -> PreTrainedModel:
     """A tiny random model trained to `length` tokens: one with the same weights whatever the length."""
     settings = settings(length) if callable(settings) else settings
     config = CONFIG_MAPPING[model_type](**{**EXCEPTIONS.get(model_type, {}), **settings})
     config = small(config, length, settings)
     if model_type in WITHOUT_KEYS:
         config.text_config.num_kv_shared_layers = 0
-    model_class = getattr(transformers, {**WITH_IMAGES, **MODEL_TYPES}[model_type])
+    model_class = getattr(transformers, {**WITH_IMAGES, **MODEL_TYPES, **types}[model_type])
     if model_class.config_class is not type(config):  # the decoder of a larger model has a configuration of its own
         parts = (part for part in vars(config).values() if type(part) is model_class.config_class)
         config = next(parts, config)
@@ -223,17 +309,37 @@ class Row:
     verdict: str
     layers: str = ""
     rotation: str = ""
+    images: str = ""  # what is found with images, of a type that streams text
+    of_images: bool = False  # whether the type was tried as one of images and text
 
     @property
     def wrong(self) -> bool:
         """Whether something here, or in transformers, is to be repaired."""
         unbuilt = self.verdict.startswith("not built") and self.model_type in PUBLISHED
-        return unbuilt or self.verdict.startswith(("wrong", "fails"))
+        return unbuilt or self.verdict.startswith(("wrong", "fails")) or self.images.startswith(("wrong", "fails"))
 
 
-def attempt(name: str) -> Row:
-    """Build, stream and compare one model type, or one of `PUBLISHED`, within its time."""
+def attempt(task: tuple[str, bool]) -> Row:
+    """Build, stream and compare one model type, or one of `PUBLISHED`, within its time.
+
+    Args:
+        task: its name, and whether to try it as a model of images and text.
+    """
+    return dataclasses.replace(_attempt(*task), of_images=task[1])
+
+
+def _attempt(name: str, of_images: bool) -> Row:
     model_type, settings = PUBLISHED.get(name, (name, {}))
+    types = WITH_IMAGES if of_images else MODEL_TYPES
+
+    @functools.cache
+    def reference() -> PreTrainedModel:
+        """The same model, trained to a length of which the stream knows nothing."""
+        reference = build(model_type, LONG_ENOUGH, settings, types)
+        shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
+        weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes.get(name)}
+        reference.load_state_dict(weights, strict=False)  # a table of positions has other random numbers follow
+        return reference
 
     def out_of_time(*_) -> None:
         raise TimeoutError(f"it took more than {SECONDS} seconds")
@@ -242,41 +348,52 @@ def attempt(name: str) -> Row:
     signal.alarm(SECONDS)
     try:
         try:
-            model = build(model_type, TRAINED_LENGTH, settings)
-            reference = build(model_type, LONG_ENOUGH, settings)
-            shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
-            weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes.get(name)}
-            reference.load_state_dict(weights, strict=False)  # a table of positions has other random numbers follow
+            model = build(model_type, TRAINED_LENGTH, settings, types)
         except Exception as error:
             return Row(name, f"not built: {_first_line(error).split('. ')[0]}")
         try:
-            return _stream(name, model, reference)
+            return _stream(name, model, reference, of_images)
         except Exception as error:
             return Row(name, f"fails: {type(error).__name__}: {_first_line(error)}", _layers(model, []))
     finally:
         signal.alarm(0)
 
 
-def _stream(name: str, model: PreTrainedModel, reference: PreTrainedModel) -> Row:
+def _images(model: PreTrainedModel, reference: Callable[[], PreTrainedModel]) -> str:
+    """What is found with images: `streams`, or why it does not."""
+    if model.config.model_type in NO_IMAGES:
+        return f"not tried: {NO_IMAGES[model.config.model_type]}"
+    try:
+        difference = stream_images(model, reference(), SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS))
+    except Exception as error:
+        if isinstance(error, ValueError) and "stream" in str(error):
+            return f"refused: {_reason(error)}"
+        return f"fails: {type(error).__name__}: {_first_line(error)}"
+    return "streams" if difference < TOLERANCE else f"wrong: {difference:.1e}"
+
+
+def _stream(name: str, model: PreTrainedModel, reference: Callable[[], PreTrainedModel], of_images: bool) -> Row:
     """Stream `model`, and compare with what `reference`, the same with more positions, gives without a cache."""
     # Token by token, while positions are shifted back to stay below the trained length ...
     cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
     try:
-        differences = [_difference(model, reference, cache, 3, 40)]
+        differences = [_difference(model, reference, cache, 3, 24 if of_images else 40)]
     except (ValueError, TypeError) as error:
         if cache.get_seq_length() > 0:  # too late for a refusal
             raise
         return Row(name, f"refused: {_reason(error)}", _layers(model, []))
-    # ... and a long prompt, in chunks.
-    in_chunks = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
-    differences.append(_difference(reference, reference, in_chunks, 40, 8))
+    # ... and a long prompt, in chunks, which may have images.
+    images = _images(model, reference) if of_images else ""
+    if images != "streams":
+        in_chunks = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
+        differences.append(_difference(reference(), reference, in_chunks, 40, 8))
     right = all(difference < TOLERANCE for difference in differences)
-    verdict = "streams" if right else f"wrong: {differences[0]:.1e} token by token, {differences[1]:.1e} in chunks"
-    return Row(name, verdict, _layers(model, cache.layers), _rotation(model, cache.layers))
+    verdict = "streams" if right else f"wrong: {', '.join(f'{each:.1e}' for each in differences)}"
+    return Row(name, verdict, _layers(model, cache.layers), _rotation(model, cache.layers), images)
 
 
 def _difference(
-    model: PreTrainedModel, reference: PreTrainedModel, cache: SinkCache, length: int, max_new_tokens: int
+    model: PreTrainedModel, reference: Callable, cache: SinkCache, length: int, max_new_tokens: int
 ) -> float:
     """The largest difference of any step from the oracle, for a prompt of `length` tokens and what is sampled after."""
     with seeded():  # sampled, so that the stream never settles into a loop
@@ -294,7 +411,7 @@ def _difference(
         )
     logits, tokens = torch.cat(output.logits), output.sequences[0].tolist()
     its_oracle = oracle_in_order if any(isinstance(layer, OrderedLayer) for layer in cache.layers) else oracle
-    expected = its_oracle(reference, tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    expected = its_oracle(reference(), tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)
     return difference(logits, expected[length - 1 : -1])
 
 
@@ -395,10 +512,33 @@ Settings are in `tools/published.py`.
 | why | model types |
 | :---: | --- |
 {refused_rows}
-{legend}"""
+{legend}{unbuilt_rows}
+{of_images}"""
+
+IMAGES_TEXT = """\
+## Models of images and text
+
+Of the {total} model types that transformers {version} knows as models of images and text, **{streams} stream text, and
+{exact} of these images too**; {refused} are refused{not_built}.
+
+Text is tried as above. Images are tried in a conversation of two turns: one is among the sinks of a prompt that is
+longer than the window and goes in by three tokens at a time, and another comes in the second turn. All logits are those
+of one forward pass over all ids and images, in which copies of the sinks are appended at moved positions. A letter says
+why images do not stream.
+
+| model type | layers | images |
+| --- | --- | :---: |
+{streaming_rows}
+{legend_of_images}
+Not even text streams with these:
+
+| why | model types |
+| :---: | --- |
+{refused_rows}
+{legend}{unbuilt_rows}"""
 
 NOT_BUILT_TEXT = """
-## These could not be built
+These could not be built:
 
 {rows}"""
 
@@ -418,41 +558,84 @@ REASONS = {
     "attends to all tokens": "None of its layers attends to all tokens, so it takes constant memory without a sink "
     "cache.",
     "a cache": "transformers gives it a cache of its own, or none.",
+    "encoder-decoder": "It is an encoder-decoder, and only a decoder can be streamed.",
+    "pixel_values": "It makes nothing of text alone: it demands an image.",
+    "down to its decoder": "It hands more down to its decoder than is known what belongs to which token. Images are "
+    "served in a prompt that goes in at once.",
+    "but not those that come next": "Tokens of an image see those of later images too.",
+    "do not move by one rotation": "The two dimensions of a pair in its keys turn with different axes of an image's "
+    "positions, so no rotation moves them.",
+    "keeps keys without positions": "Its index goes by the columns of the cache.",
+    "no transformers `generate`": "It has no `generate` of transformers: it makes a block at once, or actions.",
+    "tokens after it": "What it gives for a token depends on tokens after it.",
+    "has no attribute 'image_outputs'": "Its forward asks for an output that it does not have, with any cache.",
     "shared_kv_states": "It drafts for another model, out of whose keys and values it reads. It has none of its own.",
     "than one table of embeddings": "Each of its tokens is several codes of a sound.",
 }
 
 
 def report(rows: list[Row]) -> str:
-    """The text of COMPATIBILITY.md: the types that stream, then those that are refused, by why."""
+    """The text of COMPATIBILITY.md: the types that stream, then those that are refused, by why; and those of images."""
     published = [row for row in rows if row.model_type in PUBLISHED]
-    rows = [row for row in rows if row.model_type not in PUBLISHED]
-    by_verdict = collections.defaultdict(list)
-    for row in rows:
-        by_verdict[row.verdict.split(":")[0]].append(row)
-    by_reason: dict[str, list[str]] = {reason: [] for reason in REASONS.values()}
-    for row in by_verdict["refused"]:
-        message = row.verdict.removeprefix("refused: ")
-        reason = next((reason for words, reason in REASONS.items() if words in message), f"{message}.")
-        by_reason.setdefault(reason, []).append(row.model_type)
-    lettered = list(zip(string.ascii_uppercase, filter(by_reason.get, by_reason)))
-    streaming = ((row.model_type, row.layers, row.rotation) for row in by_verdict["streams"])
-    not_built = by_verdict["not built"]
-    text = REPORT_TEXT.format(
-        total=len(rows),
+    of_images = [row for row in rows if row.of_images]
+    rows = [row for row in rows if not (row.of_images or row.model_type in PUBLISHED)]
+    return REPORT_TEXT.format(
         version=transformers.__version__,
-        streams=len(by_verdict["streams"]),
-        refused=len(by_verdict["refused"]),
-        not_built=f"; {len(not_built)} could not be built" if not_built else "",
-        streaming_rows="".join(f"| {' | '.join(cells)} |\n" for cells in streaming),
         published_rows="".join(
             f"| {PUBLISHED[row.model_type][0]} | {row.model_type} | {row.verdict} |\n" for row in published
         ),
-        refused_rows="".join(f"| {letter} | {', '.join(by_reason[reason])} |\n" for letter, reason in lettered),
-        legend="".join(f"- **{letter}**: {reason}\n" for letter, reason in lettered),
+        of_images=_of_images(of_images),
+        **_sections(rows),
     )
+
+
+def _sections(rows: list[Row]) -> dict[str, Any]:
+    """What the text has of types that were given text, by the names of its fields."""
+    by_verdict = collections.defaultdict(list)
+    for row in rows:
+        by_verdict[row.verdict.split(":")[0]].append(row)
+    not_built = by_verdict["not built"]
+    refused, legend = _by_reason({row.model_type: row.verdict for row in by_verdict["refused"]})
     unbuilt = "".join(f"- {row.model_type}: {row.verdict.removeprefix('not built: ')}.\n" for row in not_built)
-    return text + (NOT_BUILT_TEXT.format(rows=unbuilt) if unbuilt else "")
+    return dict(
+        total=len(rows),
+        streams=len(by_verdict["streams"]),
+        refused=len(by_verdict["refused"]),
+        not_built=f"; {len(not_built)} could not be built" if not_built else "",
+        streaming_rows="".join(
+            f"| {row.model_type} | {row.layers} | {row.rotation} |\n" for row in by_verdict["streams"]
+        ),
+        refused_rows="".join(f"| {letter} | {', '.join(types)} |\n" for letter, types in refused.items()),
+        legend="".join(f"- **{letter}**: {reason}\n" for letter, reason in legend.items()),
+        unbuilt_rows=NOT_BUILT_TEXT.format(rows=unbuilt) if unbuilt else "",
+    )
+
+
+def _of_images(rows: list[Row]) -> str:
+    """The part about types of images and text."""
+    sections = _sections(rows)
+    streaming = [row for row in rows if row.verdict == "streams"]
+    exact = sum(row.images == "streams" for row in streaming)
+    others, legend = _by_reason({row.model_type: row.images for row in streaming if row.images != "streams"})
+    letters = {model_type: letter.lower() for letter, types in others.items() for model_type in types}
+    sections["streaming_rows"] = "".join(
+        f"| {row.model_type} | {row.layers} | {letters.get(row.model_type, 'stream')} |\n" for row in streaming
+    )
+    sections["legend_of_images"] = "".join(f"- **{letter.lower()}**: {reason}\n" for letter, reason in legend.items())
+    return IMAGES_TEXT.format(version=transformers.__version__, exact=exact, **sections)
+
+
+def _by_reason(verdicts: dict[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """By a letter, the types that share a reason; and the reasons."""
+    found: dict[str, list[str]] = {reason: [] for reason in REASONS.values()}
+    for model_type, verdict in verdicts.items():
+        message = verdict.partition(": ")[2]
+        reason = next(
+            (reason for words, reason in REASONS.items() if words in message), f"{message.removesuffix('.')}."
+        )
+        found.setdefault(reason, []).append(model_type)
+    lettered = list(zip(string.ascii_uppercase, filter(found.get, found)))
+    return {letter: found[reason] for letter, reason in lettered}, dict(lettered)
 
 
 def no_longer(rows: list[Row], old: str) -> list[str]:
@@ -461,7 +644,7 @@ def no_longer(rows: list[Row], old: str) -> list[str]:
     A type that transformers has no more is none of these.
     """
     streamed = re.findall(r"^\| (\w+) \| ", old.partition("## Published models")[0], flags=re.MULTILINE)
-    now = {row.model_type: row.verdict for row in rows}
+    now = {row.model_type: row.verdict for row in rows if not row.of_images}
     return [name for name in streamed if not now.get(name, "streams").startswith(("streams", "wrong", "fails"))]
 
 
@@ -481,15 +664,19 @@ def main() -> None:
         "--ahead", action="store_true", help="write nothing; show what would change, and fail for what streamed alone"
     )
     arguments = parser.parse_args()
-    types = arguments.types or [*sorted(MODEL_TYPES), *PUBLISHED]
-    if unknown := set(types) - {*MODEL_TYPES, *PUBLISHED}:
-        parser.error(f"no causal language model of transformers {transformers.__version__}: {', '.join(unknown)}")
+    tasks = [(name, False) for name in [*sorted(MODEL_TYPES), *PUBLISHED]]
+    tasks += [(name, True) for name in sorted(WITH_IMAGES)]
+    if arguments.types:
+        if unknown := set(arguments.types) - {name for name, _ in tasks}:
+            parser.error(f"transformers {transformers.__version__} has no such models: {', '.join(unknown)}")
+        tasks = [task for task in tasks if task[0] in arguments.types]
 
     rows = []
     with multiprocessing.get_context("spawn").Pool(2, quiet) as pool:
-        for row in pool.imap(attempt, types):
+        for row in pool.imap(attempt, tasks):
             rows.append(row)
-            print("  ".join(text for text in dataclasses.astuple(row) if text), flush=True)
+            found = (row.model_type, row.verdict, row.layers, row.rotation, row.images and f"images: {row.images}")
+            print("  ".join(filter(None, found)), flush=True)
     wrong = [row.model_type for row in rows if row.wrong]
     text, old = report(rows), REPORT.read_text() if REPORT.exists() else ""
     lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "COMPATIBILITY.md", "now", lineterm="")

@@ -12,7 +12,6 @@ Settings = Union[dict[str, Any], Callable[[int], dict[str, Any]]]
 THETA = dict(rope_theta=10_000.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, **THETA)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **THETA)
-MROPE = dict(rope_type="default", mrope_section=[2, 3, 3], **THETA)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -208,16 +207,6 @@ PUBLISHED: dict[str, tuple[str, Settings]] = {
     "Mistral Small 4: YaRN on latent keys, and queries scaled by their position": (
         "mistral4",
         lambda length: dict(rope_parameters=scaled_by_position(length)),
-    ),
-    "Qwen2-VL: M-RoPE, given text": ("qwen2_vl", dict(text_config=dict(rope_parameters=dict(MROPE)))),
-    "Qwen2.5-VL: M-RoPE, given text": ("qwen2_5_vl", dict(text_config=dict(rope_parameters=dict(MROPE)))),
-    "Qwen3-VL: interleaved M-RoPE, given text": (
-        "qwen3_vl",
-        dict(text_config=dict(rope_parameters=dict(MROPE, mrope_section=[4, 2, 2], mrope_interleaved=True))),
-    ),
-    "GLM-4.1V: M-RoPE on half, given text": (
-        "glm4v",
-        dict(text_config=dict(rope_parameters=dict(MROPE, mrope_section=[1, 1, 2], partial_rotary_factor=0.5))),
     ),
     "Llama 3.2 Vision: Llama 3 factors, given text": (
         "mllama",

@@ -55,7 +55,7 @@ def oracle(
         # A layer with a state would go on from the stream's end: each copy is given what came out for the sinks.
         layers = next(
             module
-            for module in model.modules()
+            for module in (*model.get_decoder().modules(), *model.modules())  # a tower may have as many
             if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers
         )
 
@@ -179,7 +179,8 @@ def oracle_with_images(
                     full[token, :num_sink_tokens] = False
             if move in starts:
                 full[token, starts[move] : starts[move] + num_sink_tokens] = True
-        masks = {"full_attention": mask(full | later("full_attention"))}
+        masks = dict.fromkeys(("full_attention", "indexed_attention"), mask(full | later("full_attention")))
+        masks |= dict.fromkeys(("linear_attention", "conv"))
         if "sliding_attention" in kinds:
             near = itself & (place[:, None] - place < config.sliding_window)
             ahead = later("sliding_attention")
@@ -197,6 +198,9 @@ def oracle_with_images(
             changed["deepstack_visual_embeds"] = [
                 torch.cat([entries] + [entries[:number]] * len(moves)) for entries in kwargs["deepstack_visual_embeds"]
             ]
+        if kwargs.get("per_layer_inputs") is not None:
+            own = kwargs["per_layer_inputs"]
+            changed["per_layer_inputs"] = torch.cat([own] + [own[:, :num_sink_tokens]] * len(moves), dim=1)
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = torch.arange(total)
         return args, kwargs | changed
