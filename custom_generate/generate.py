@@ -5327,6 +5327,7 @@ class StreamedCall:
     4. `_prepare_generated_length`, `_get_stopping_criteria`: how long the loop goes on.
     5. `_valid_auto_compile_criteria`: whether single tokens go in by compiled code.
     6. `prepare_inputs_for_generation`, of the prompt: it is cut into chunks, and the model run on all but the last.
+       With images, what is around the decoder runs first, once, and the decoder then gets its part for each chunk.
     7. The loop runs the model on the last chunk. In each layer the model calls `SinkCache.update`.
     8. `_update_model_kwargs_for_generation`: the update is done. What would grow with the stream is cut.
     9. The loop chooses a token, and `prepare_inputs_for_generation` gives it its position and mask.

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 SOURCE = (Path(__file__).parents[1] / "custom_generate/generate.py").read_text()
@@ -57,3 +58,12 @@ def test_functions_are_short_and_change_no_variable_of_another():
 def test_the_header_names_the_licence_and_the_version():
     assert SOURCE.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', SOURCE, re.MULTILINE)
+
+
+def test_the_file_imports_nothing_of_this_repository():
+    """transformers looks for what it imports relatively in another folder until 4.56 than later."""
+    imports = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    assert not any(getattr(node, "level", 0) for node in imports)
+    others = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert others == {"safetensors", "torch", "transformers"}
