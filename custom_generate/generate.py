@@ -1495,13 +1495,18 @@ def has_positions_of_axes(module: torch.nn.Module) -> bool:
     return any("rope_deltas" in vars(inner) for inner in module.modules())
 
 
+# These attributes are no settings: torch has them on each module, or transformers leaves them after hidden states.
+NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
+
+
 def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """What may be rotary frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
 
     Each vector that is no weight may be. So may the angles of position 1 in a table of sines and cosines, which is
     `[positions, 2 * pairs]`.
     """
-    for tensor in [*module._buffers.values(), *vars(module).values()]:
+    own = [value for name, value in vars(module).items() if name not in NO_SETTINGS]
+    for tensor in [*module._buffers.values(), *own]:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.dim() == 1:
@@ -1540,7 +1545,7 @@ class Stamp:
     settings of the modules (training and active adapters among them); the configuration; and what may be frequencies.
     A weight changed behind torch's back (`.data`) is not seen. No rotation depends on one.
 
-    Each call of `generate` compares it, so that is quick: a millisecond for 1,000 modules. It keeps nothing alive.
+    Each call of `generate` compares it, which takes some milliseconds for 1,000 modules. It keeps nothing alive.
 
     Args:
         counters: for each module, the names of settings that are ignored; None if there are none.
@@ -1557,31 +1562,28 @@ class Stamp:
         self.numbers = some_numbers(model)
         self._references, self._values = _identities(model, modules)
         self._angles = list(map(_angles, modules))
-        self._settings = list(map(_settings, modules, self.counters))
-        self._have_settings = list(map(_comparison, modules, self.counters, self._settings))
+        self._settings = copy.deepcopy(list(map(_settings, modules, self.counters)))
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether `model` is still as it was when the stamp was made."""
         modules = modules_of(model)
         references, values = _identities(model, modules)
-        if len(references) != len(self._references) or not all(map(operator.is_, references, self._references)):
-            return False
-        unclear = [number for number, module in enumerate(modules) if not self._have_settings[number](vars(module))]
-        return values == self._values and all(
-            _settings(modules[number], self.counters[number]) == self._settings[number]
-            and _angles(modules[number]) == self._angles[number]
-            for number in unclear
+        return (
+            len(references) == len(self._references)
+            and all(map(operator.is_, references, self._references))
+            and values == self._values
+            and list(map(_settings, modules, self.counters)) == self._settings
+            and list(map(_angles, modules)) == self._angles
         )
 
     def leave_out_counters(self, model: PreTrainedModel) -> None:
         """Ignore from now on the numbers that changed or came while `model` ran: the user did not set them."""
-        for number, (module, counters, then) in enumerate(zip(modules_of(model), self.counters, self._settings)):
+        for module, counters, then in zip(modules_of(model), self.counters, self._settings):
             for name, now in _settings(module, counters).items():
                 are_numbers = _is_plain(now, (int, float)) and _is_plain(then.get(name, 0), (int, float))
                 if are_numbers and then.get(name) != now:
                     counters.add(name)
-            self._settings[number] = {name: value for name, value in then.items() if name not in counters}
-            self._have_settings[number] = _comparison(module, counters, self._settings[number])
+                    then.pop(name, None)
 
 
 def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple[list, list]:
@@ -1643,27 +1645,20 @@ def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list
     if not before and not after:
         return []
     hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
-    return [(is_after, known_by(hook)) for is_after, hook in hooks if not _is_transformers(hook)]
+    return [(is_after, known_by(hook)) for is_after, hook in hooks if not origin(hook).startswith("transformers.")]
 
 
-def _is_transformers(hook: Callable) -> bool:
-    """Whether the code of a hook comes with transformers."""
+def origin(hook: Callable) -> str:
+    """The name of the module that the code of a hook comes with."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
-
-
-# These attributes are no settings: torch has them on each module, or transformers leaves them after hidden states.
-NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
+    return str(getattr(hook, "__module__", None))
 
 
 def _settings(module: torch.nn.Module, left_out: set[str]) -> dict[str, Any]:
-    """Copies of the plain settings of `module`, its children left out."""
-    return {
-        name: copy.deepcopy(value)
-        for name, value in vars(module).items()
-        if name not in NO_SETTINGS and name not in left_out and _is_plain(value)
-    }
+    """The plain settings of `module`, its children left out."""
+    own = [(name, value) for name, value in vars(module).items() if name not in NO_SETTINGS and name not in left_out]
+    return {name: value for name, value in own if _is_plain(value)}
 
 
 def _angles(module: torch.nn.Module) -> list:
@@ -1671,36 +1666,6 @@ def _angles(module: torch.nn.Module) -> list:
     frequencies = [frequencies.tolist() for frequencies in _frequencies(module)]
     hooks = known_hooks(module._forward_pre_hooks, module._forward_hooks) if frequencies else []
     return frequencies + hooks
-
-
-def _comparison(module: torch.nn.Module, left_out: set[str], settings: dict[str, Any]) -> Callable[[dict], bool]:
-    """A quick test whether `vars(module)` still have these settings, and no tensor beside the weights.
-
-    It also says no where only a slower comparison can tell.
-    """
-    length, no_settings = len(vars(module)), NO_SETTINGS | left_out
-    names = [name for name in vars(module) if name not in no_settings]
-    values = operator.itemgetter(*names) if names else len
-    expected = values({name: settings.get(name, _NO_SETTING) for name in names})
-
-    def has_settings(attributes: dict[str, Any]) -> bool:
-        try:
-            same = len(attributes) == length and expected == values(attributes)
-            return bool(same) and not attributes["_buffers"]
-        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or has become an array
-            return False
-
-    return has_settings
-
-
-class _NoSetting:
-    """Equal to any value that is neither a setting nor a tensor. (Tensors may be frequencies.)"""
-
-    def __eq__(self, value: Any) -> bool:
-        return not _is_plain(value) and not isinstance(value, torch.Tensor)
-
-
-_NO_SETTING = _NoSetting()
 
 
 def _is_plain(value: Any, types: Sequence[type] = (bool, int, float, str)) -> bool:
@@ -1733,23 +1698,21 @@ def shared_path(model: PreTrainedModel, decoder: Any = None) -> Any:
         decoder: what runs in the place of the model's, if given. What is around it then runs uncompiled, and so do the
             forwards that others put there, as accelerate does: these and compiled code would run the model's own.
     """
-    path, module = [], model
+    modules = [model]
     for name in path_to_decoder(model):
-        path.append((module, name))
-        module = module._modules[name]
-    stand_ins, inner = {}, module if decoder is None else decoder
-    for module, name in reversed(path):
-        if decoder is None or name != "_orig_mod":  # a wrapper of compiled code is left out
-            below, inner = inner, shared(module)
-            vars(inner)["_modules"] = {**module._modules, name: below}
-            if decoder is not None:
-                vars(inner).update(uncompiled_code(module))
-        stand_ins[id(module)] = inner
-    if decoder is not None:
-        for stand_in in stand_ins.values():
-            vars(stand_in).update({name: _rebound(value, stand_ins) for name, value in vars(stand_in).items()})
+        modules.append(modules[-1]._modules[name])
+    *around, inner = modules
+    stand_ins = {id(module): shared(module) for module in around or modules}
+    if decoder is not None and around:
+        stand_ins[id(inner)] = decoder
+    for module in around:
+        if decoder is not None:
+            _uncompile(module, stand_ins)
+        else:
+            below = {name: stand_ins.get(id(child), child) for name, child in module._modules.items()}
+            vars(stand_ins[id(module)])["_modules"] = below
     _count_tokens_alone(stand_ins.values(), input_device(model))
-    return stand_ins[id(model)] if path else shared(model)
+    return stand_ins[id(model)]
 
 
 def calling(module: torch.nn.Module, call: Callable) -> Any:
@@ -1790,10 +1753,6 @@ NEEDED_HOOKS += ("transformers_modules.",)  # code that comes with a model
 # Modules are looked for in this many wrappers of a forward. A function that is in its own closure has no end of them.
 MOST_WRAPPERS = 8
 
-# Where a module has its hooks, and which of them take keyword arguments.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-HOOKS_WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-
 
 @contextlib.contextmanager
 def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
@@ -1803,14 +1762,11 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
     threads may run it. Instead each of its modules gets a stand-in, which calls the stand-ins of others. They share the
     weights. What a module sets on itself as it runs, its hooks and its buffers, each stand-in has for itself.
     """
-    modules = list(model.modules())
+    modules = [module for module in model.modules() if not hasattr(module, "_orig_mod")]
     stand_ins = {id(module): shared(module) for module in modules}
-    for module in modules:  # compiling takes longer than a few tokens without it
-        if hasattr(module, "_orig_mod"):
-            stand_ins[id(module)] = stand_ins[id(module._orig_mod)]
     for module in modules:
-        if not hasattr(module, "_orig_mod"):
-            _part_from(module, stand_ins)
+        _uncompile(module, stand_ins)
+        _part_from(module, stand_ins)
     _count_tokens_alone(stand_ins.values(), input_device(model))
     try:
         yield stand_ins[id(model)]
@@ -1819,21 +1775,27 @@ def without_hooks(model: PreTrainedModel) -> Iterator[Any]:
             vars(stand_in).clear()  # they hold each other, and the weights
 
 
-def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
-    """Give the stand-in of `module` all that it does not share with it.
+def _uncompile(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
+    """Have the stand-in of `module` run uncompiled, and call other stand-ins. Compiling takes longer than a few tokens.
 
     Args:
-        stand_ins: of all modules of the model, by the `id` of each.
+        stand_ins: of modules around and in it too, by the `id` of each. Wrappers of compiled code have none.
     """
+    own = vars(stand_ins[id(module)])
+    own.update(uncompiled_code(module))
+    own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
+    own["_modules"] = {name: _rebound(child, stand_ins) for name, child in module._modules.items()}
+
+
+def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
+    """Give the stand-in of `module` what its run changes, and of its hooks those alone that the model needs."""
     stand_in = stand_ins[id(module)]
     own = vars(stand_in)
-    own.update(uncompiled_code(module))
     if hasattr(type(own.get("forward")), "__deepcopy__"):  # a tool has put an object in its place
         own["forward"] = copy.deepcopy(own["forward"], dict(stand_ins))
-    own.update({name: _rebound(value, stand_ins) for name, value in own.items()})
-    own["_modules"] = {name: stand_ins.get(id(child)) for name, child in module._modules.items()}
-    own.update({name: copy.copy(own[name]) for name in ("_buffers", *HOOKS_WITH_KWARGS)})
-    for name in HOOKS:
+    for name in ("_buffers", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
+        own[name] = copy.copy(own[name])
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
         needed = [(key, hook) for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)]
         own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
     # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
@@ -1844,8 +1806,7 @@ def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any
     """Whether a model does not work as it should without a `hook` on its `module`."""
     if id(getattr(hook, "__self__", None)) in stand_ins:  # a method of one of its modules
         return True
-    code = str(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
-    if code.startswith(NEEDED_HOOKS) and not is_of_rows(hook):
+    if origin(hook).startswith(NEEDED_HOOKS) and not is_of_rows(hook):
         return True
     # Users change how keys rotate by a hook on the module that makes the angles.
     return any(
@@ -1856,7 +1817,7 @@ def _is_needed(hook: Callable, module: torch.nn.Module, stand_ins: dict[int, Any
 
 def is_of_rows(hook: Callable) -> bool:
     """Whether a hook is one that peft puts on for a single call, about the rows of its batch (`adapter_names`)."""
-    return isinstance(hook, functools.partial) and str(getattr(hook.func, "__module__", None)).startswith("peft.")
+    return isinstance(hook, functools.partial) and origin(hook).startswith("peft.")
 
 
 @contextlib.contextmanager
@@ -1897,7 +1858,7 @@ def _call_with_own_hooks(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
 def _rebound(value: Any, stand_ins: dict[int, Any], depth: int = 0) -> Any:
     """`value`, with each module in it exchanged for its stand-in: in methods, partial functions and closures."""
     if isinstance(value, torch.nn.Module):
-        return stand_ins.get(id(value), value)
+        return stand_ins.get(id(value._modules.get("_orig_mod", value)), value)
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _rebound(value.__self__, stand_ins))
     if depth == MOST_WRAPPERS:
