@@ -2072,8 +2072,8 @@ class ModelTraits:
     """What was found out about a model by running it on a few tokens.
 
     Args:
-        rotations: how each layer rotates its keys, None for one whose keys have no position.
-        index_rotations: the same of the keys of its index, by which it chooses tokens; None for one without.
+        rotations: for each layer, how it rotates its keys, and those of the index by which it chooses tokens; None
+            for keys without a position, or without an index.
         own_layers: transformers' own layers of the model, before their first token. Empty if it knows no kinds of them,
             or if all slide alike.
         layouts: for each layer, the shape, dtype and device of each tensor that it caches of text, equal in equal
@@ -2094,8 +2094,7 @@ class ModelTraits:
         rotates_by_axes: whether the same rotations move tokens that have another position on each axis, as of images.
     """
 
-    rotations: list[Optional[Rotation]]
-    index_rotations: list[Optional[Rotation]]
+    rotations: list[tuple[Optional[Rotation], Optional[Rotation]]]
     own_layers: list
     layouts: list[tuple]
     fingerprint: torch.Tensor
@@ -2195,33 +2194,34 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     failed = f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read"
     before, after, rounding, logits, changed, allowed = _compare_at(model, distance, failed)
-    number, tolerance = len(before) // 2, _tolerance(distance, rounding)
+    tolerance = _tolerance(distance, rounding)
     possible = functools.cache(lambda tensor, head_dim: list(_candidates(model, head_dim, tensor)))
-    fits = _fit_rotations(before, after, distance, lambda _, tensor, head_dim: possible(tensor, head_dim))
+    fits = _fit_rotations(
+        before, after, distance, lambda _, name, head_dim: possible(name.removeprefix("indexer_"), head_dim)
+    )
     for layer_idx, (left, found) in enumerate(fits):
-        if len(found) > 1 or left > tolerance:
+        if {"keys", "values"} <= found.keys() or left > tolerance:
             raise _unreadable(
                 model,
-                f"the keys of its layer {layer_idx % number} change with their position, but not by a rotation, so "
-                f"they can't be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of "
-                f"frequencies that stand in the model, leaves {left:.2g} of their length unexplained (rounding: "
-                f"{tolerance:.2g}).",
+                f"the keys of its layer {layer_idx} change with their position, but not by a rotation, so they can't "
+                f"be moved as tokens are evicted. From position 0 to {distance} the nearest rotation, of frequencies "
+                f"that stand in the model, leaves {left:.2g} of their length unexplained (rounding: {tolerance:.2g}).",
             )
-    found = [rotations[0] if rotations else None for _, rotations in fits]
-    rotations, index_rotations, own, indexes = found[:number], found[number:], before[:number], before[number:]
-    if not any(rotations) and not (any(own) and _keeps_states(model) and _ignores_cache_order(model, rounding)):
+    rotations = [(found.get("keys", found.get("values")), found.get("indexer_keys")) for _, found in fits]
+    if not any(map(any, rotations)) and not (
+        any(before) and _keeps_states(model) and _ignores_cache_order(model, rounding)
+    ):
         return None
     _refuse_change(model, distance, changed, allowed)
     _refuse_mixing(model, logits, max(allowed, 1e-5))
-    for layer_idx, (index, rotation) in enumerate(zip(indexes, index_rotations)):
-        if index and rotation is None:
+    for layer_idx, layer in enumerate(before):
+        if "indexer_keys" in layer and rotations[layer_idx][1] is None:
             raise _unreadable(
                 model,
                 f"the index by which its layer {layer_idx} chooses tokens keeps keys without positions, and takes "
                 "these from the columns of the cache.",
             )
-    cached = [layer | {"index": index["keys"]} if index else layer for layer, index in zip(own, indexes)]
-    return _traits(model, rotations, index_rotations, cached, rounding, distance, ordered=False)
+    return _traits(model, rotations, before, rounding, distance, ordered=False)
 
 
 def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
@@ -2247,14 +2247,12 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
             raise ValueError("some of its layers slide or keep a state, and know no columns")
         cached, rounding = _read_columns(model, SOME_COLUMNS)
         _refuse_seen_padding(model, rounding)
-    unmoved = [None] * len(cached)
-    return _traits(model, unmoved, unmoved, cached, rounding, SOME_COLUMNS, ordered=True)
+    return _traits(model, [(None, None)] * len(cached), cached, rounding, SOME_COLUMNS, ordered=True)
 
 
 def _traits(
     model: PreTrainedModel,
-    rotations: list[Optional[Rotation]],
-    index_rotations: list[Optional[Rotation]],
+    rotations: list[tuple],
     cached: list[dict[str, torch.Tensor]],
     rounding: float,
     reach: int,
@@ -2267,7 +2265,6 @@ def _traits(
     mask_dtype = functools.reduce(torch.promote_types, dtypes, model.dtype)
     return ModelTraits(
         rotations=rotations,
-        index_rotations=index_rotations,
         own_layers=[] if slides_everywhere(model) else default_layers(model),
         layouts=layouts,
         fingerprint=_fingerprint(cached),
@@ -2283,7 +2280,7 @@ def _traits(
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
         brings_code=brings_code(model),
         inverts_masks=not ordered and brings_code(model) and _inverts_masks(model, mask_dtype, rounding),
-        rotates_by_axes=has_positions_of_axes(model) and _rotates_by_axes(model, rotations, index_rotations, rounding),
+        rotates_by_axes=has_positions_of_axes(model) and _rotates_by_axes(model, rotations, rounding),
     )
 
 
@@ -2313,22 +2310,17 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
     """`read_further` of a model that takes positions; `limit` is what would avoid an error, or empty."""
     failed = f"it failed on a few tokens at position {reach}"
     before, after, rounding, _, changed, allowed = _compare_at(model, reach, failed, limit)
-    known = [*traits.rotations, *traits.index_rotations]
-    fits = _fit_rotations(before, after, reach, lambda layer_idx, tensor, _: _of(known[layer_idx], tensor))
+    fits = _fit_known_rotations(before, after, reach, traits.rotations)
     for layer_idx, (left, found) in enumerate(fits):
-        if left > _tolerance(reach, rounding) or bool(found) != (known[layer_idx] is not None):
+        known = [rotation for rotation in traits.rotations[layer_idx] if rotation is not None]
+        if left > _tolerance(reach, rounding) or len(found) != len(known):
             raise _unreadable(
                 model,
-                f"at position {reach} the keys of its layer {layer_idx % len(traits.rotations)} are rotated otherwise "
-                f"than up to {traits.reach}, so keys of both don't fit together.",
+                f"at position {reach} the keys of its layer {layer_idx} are rotated otherwise than up to "
+                f"{traits.reach}, so keys of both don't fit together.",
                 limit,
             )
     _refuse_change(model, reach, changed, allowed, limit)
-
-
-def _of(rotation: Optional[Rotation], tensor: str) -> list[Rotation]:
-    """`rotation`, if it is one of what layers cache as `tensor`."""
-    return [rotation] if rotation is not None and rotation.tensor == tensor else []
 
 
 def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
@@ -2353,15 +2345,6 @@ def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
 # The rotation that fits
 
 
-def indexes_last(cached: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """What each layer `cached` as its keys and values; then, for each layer, what its index did.
-
-    An index is as a layer of its own that caches `keys` only. It is empty where a layer has none.
-    """
-    own = [{name: states for name, states in layer.items() if name != "indexer_keys"} for layer in cached]
-    return own + [{"keys": layer["indexer_keys"]} if "indexer_keys" in layer else {} for layer in cached]
-
-
 def _tolerance(distance: int, rounding: float) -> float:
     """What rounding may leave of keys, as a part of their length, after a rotation by `distance` positions."""
     return 4 * (rounding + distance * torch.finfo(torch.float32).eps)
@@ -2371,29 +2354,42 @@ def _fit_rotations(
     before: list[dict[str, torch.Tensor]],
     after: list[dict[str, torch.Tensor]],
     distance: int,
-    candidates: Callable[[int, str, int], list[Rotation]],
-) -> list[tuple[float, list[Rotation]]]:
+    candidates: Callable[[int, str, int], list[Optional[Rotation]]],
+) -> list[tuple[float, dict[str, Rotation]]]:
     """Which rotations take what layers cache of single tokens `before` to that of `after`, `distance` positions later.
 
     Args:
         candidates: the rotations to try, for the index of a layer, the name of a tensor and its last dimension.
 
     Returns:
-        For each layer, the most that is left of the difference of a tensor, as a part of its length, and the rotations.
+        For each layer, the most that is left of the difference of a tensor, as a part of its length; and the rotations
+        by the name of the tensor that they rotate.
     """
     found = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
-        fits = [
-            _fit_rotation(states.cpu(), second[name].cpu(), distance, candidates(layer_idx, name, states.shape[-1]))
+        fits = {
+            name: _fit_rotation(
+                states.cpu(), second[name].cpu(), distance, candidates(layer_idx, name, states.shape[-1])
+            )
             for name, states in first.items()
-        ]
-        rotations = [rotation for _, rotation in fits if rotation is not None]
-        found.append((max((left for left, _ in fits), default=0.0), rotations))
+        }
+        rotations = {name: rotation for name, (_, rotation) in fits.items() if rotation is not None}
+        found.append((max((left for left, _ in fits.values()), default=0.0), rotations))
     return found
 
 
+def _fit_known_rotations(before: list[dict], after: list[dict], distance: int, known: list[tuple]) -> list[tuple]:
+    """The same where only the rotations that are `known` of a layer can be right, as in `ModelTraits`."""
+
+    def candidates(layer_idx: int, name: str, head_dim: int) -> list[Optional[Rotation]]:
+        own, index = known[layer_idx]
+        return [index if name == "indexer_keys" else own if own is not None and own.tensor == name else None]
+
+    return _fit_rotations(before, after, distance, candidates)
+
+
 def _fit_rotation(
-    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
+    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Optional[Rotation]]
 ) -> tuple[float, Optional[Rotation]]:
     """The rotation by `distance` that takes `before` nearest to `after`: `[batch, kv_heads, 1, head_dim]` both.
 
@@ -2428,18 +2424,13 @@ def _candidates(model: PreTrainedModel, head_dim: int, tensor: str) -> Iterator[
                     yield Rotation(direction * frequencies, start, interleaved, tensor)
 
 
-def rotate_alike(rotations: list[Optional[Rotation]], others: list[Optional[Rotation]]) -> bool:
+def rotate_alike(rotations: dict[str, Rotation], others: dict[str, Rotation]) -> bool:
     """Whether layers rotate their keys alike, but for a cast that rounded their frequencies."""
-    return len(rotations) == len(others) and all(
-        (one is other)
-        or (
-            one is not None
-            and other is not None
-            and (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
-            and one.frequencies.shape == other.frequencies.shape
-            and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
-        )
-        for one, other in zip(rotations, others)
+    return rotations.keys() == others.keys() and all(
+        (one.start, one.interleaved, one.tensor) == (other.start, other.interleaved, other.tensor)
+        and one.frequencies.shape == other.frequencies.shape
+        and torch.allclose(one.frequencies, other.frequencies, rtol=2**-8, atol=1e-6)
+        for one, other in zip(rotations.values(), others.values())
     )
 
 
@@ -2570,7 +2561,7 @@ def _compare_at(
         limit: of `cant_stream`.
 
     Returns:
-        What is cached of four single tokens at position 0, and at `distance`, by `indexes_last`.
+        What each layer caches of four single tokens at position 0, and at `distance`.
         The relative rounding.
         The logits of four rows of four tokens from position 0 on: `[4, 4, vocabulary]`.
         By how much these change where they end at `distance`, as a part of their length; and by how much they may.
@@ -2589,7 +2580,7 @@ def _compare_at(
             noise = _difference(here, one_on)  # one position on, everything is rounded anew
             changed, allowed = _difference(here, there), 4 * noise + _tolerance(distance, rounding)
     _refuse_no_numbers(model, before, changed, limit)
-    return indexes_last(before), indexes_last(after), rounding, logits, changed, allowed
+    return before, after, rounding, logits, changed, allowed
 
 
 # What they show
@@ -2703,18 +2694,12 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
     return _difference(*keys) <= 4 * rounding
 
 
-def _rotates_by_axes(
-    model: PreTrainedModel,
-    rotations: list[Optional[Rotation]],
-    index_rotations: list[Optional[Rotation]],
-    rounding: float,
-) -> bool:
+def _rotates_by_axes(model: PreTrainedModel, rotations: list[tuple], rounding: float) -> bool:
     """Whether tokens with another position on each axis move by these rotations when they move alike on all axes.
 
     They do where the two dimensions of each pair turn with the same axis.
     """
-    known, distance = [*rotations, *index_rotations], 97
-    tokens = _single_tokens(model)
+    tokens, distance = _single_tokens(model), 97
     for num_axes in (3, 4):
         axes = torch.arange(1, 3 * num_axes + 1, 3, dtype=torch.long, device=tokens.device)
         axes = axes[:, None, None].expand(-1, len(tokens), 1)
@@ -2724,8 +2709,7 @@ def _rotates_by_axes(
             if is_of_machine(error):
                 raise
             continue  # it has another number of them
-        before, after = (indexes_last(keys_and_values(cache)) for cache in runs)
-        fits = _fit_rotations(before, after, distance, lambda layer_idx, tensor, _: _of(known[layer_idx], tensor))
+        fits = _fit_known_rotations(*map(keys_and_values, runs), distance, rotations)
         return all(left <= _tolerance(distance, rounding) for left, _ in fits)
     return False
 
@@ -2803,9 +2787,8 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
     def ring_of(rotation: Optional[Rotation], layout: tuple) -> Ring:
         return rings.setdefault((rotation, layout), Ring(window, rotation))
 
-    for layer, rotation, index_rotation, layout in itertools.zip_longest(
-        traits.own_layers[: len(traits.layouts)], traits.rotations, traits.index_rotations, traits.layouts
-    ):
+    own_layers = itertools.chain(traits.own_layers, itertools.repeat(None))
+    for layer, (rotation, index_rotation), layout in zip(own_layers, traits.rotations, traits.layouts):
         has_state, stays = keeps_state(layer), layer_classes([layer]) <= {*UNTOUCHED_LAYERS}
         if stays or (layer is not None and not layout):
             layers.append(untouched(layer, rotation, holds_text=bool(layout) or has_state, has_kind=stays))
@@ -3549,8 +3532,8 @@ class Stream:
 
     def rebind(self, traits: ModelTraits) -> None:
         """Go on with what was read of the model anew."""
-        for layer, rotation, index_rotation in zip(self.layers, traits.rotations, traits.index_rotations):
-            layer.set_rotations(rotation, index_rotation)
+        for layer, rotations in zip(self.layers, traits.rotations):
+            layer.set_rotations(*rotations)
         vars(self).update(traits=traits, ceiling=position_ceiling(self.window, traits, self.layers))
 
     @property
@@ -4248,9 +4231,10 @@ OTHER_MODEL = (
 )
 
 
-def _rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
+def rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
     """The rotations of the layers that have one, by the names that their frequencies have in a file."""
-    return {f"frequencies.{layer_idx}": each for layer_idx, each in enumerate(traits.rotations) if each is not None}
+    own = [rotation for rotation, _ in traits.rotations]
+    return {f"frequencies.{layer_idx}": each for layer_idx, each in enumerate(own) if each is not None}
 
 
 def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -4269,7 +4253,7 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if stream.media:
         tensors["media"] = torch.stack([media.digest for media in stream.media])
     # Layers may share their frequencies, but safetensors takes no tensors that share memory.
-    tensors |= {name: each.frequencies.clone() for name, each in _rotations_by_name(stream.traits).items()}
+    tensors |= {name: each.frequencies.clone() for name, each in rotations_by_name(stream.traits).items()}
     for layer_idx, layer in enumerate(stream.layers):
         tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer.tensors().items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if tensor is not None}
@@ -4419,9 +4403,9 @@ def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
 
 def refuse_other_model(tensors: dict[str, torch.Tensor], traits: ModelTraits, fingerprint: torch.Tensor) -> None:
     """Raise a ValueError unless the `tensors` of a file come from a model with these traits and this fingerprint."""
-    rotations = _rotations_by_name(traits)
-    held = [replace(each, frequencies=tensors.get(name, each.frequencies)) for name, each in rotations.items()]
-    same = rotate_alike(held, list(rotations.values())) and are_alike(fingerprint, tensors["fingerprint"])
+    rotations = rotations_by_name(traits)
+    held = {name: replace(each, frequencies=tensors.get(name, each.frequencies)) for name, each in rotations.items()}
+    same = rotate_alike(held, rotations) and are_alike(fingerprint, tensors["fingerprint"])
     if not same or any(name.startswith("frequencies.") and name not in rotations for name in tensors):
         raise ValueError(OTHER_MODEL)
 
@@ -4724,7 +4708,7 @@ class SinkCache(Cache):
                 else f"The `SinkCache` in `{CACHE}` is bound to another model, whose keys and values mean nothing to "
                 "this one. Use a `SinkCache` for each model."
             )
-        if seen > 0 and not rotate_alike(traits.rotations, held_traits.rotations):
+        if seen > 0 and not rotate_alike(rotations_by_name(traits), rotations_by_name(held_traits)):
             raise ValueError(
                 f"`model` rotates its keys otherwise than for the {seen} tokens that the `SinkCache` in `{CACHE}` "
                 "holds, with which new ones would not fit together: its rotary embeddings are others. `reset()` it, or "
@@ -5823,8 +5807,8 @@ class Drafter:
             raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
         stream = self.cache.held
         if depth is not None:
-            names = ("rotations", "index_rotations", "layouts")
-            traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
+            traits = stream.traits
+            traits = replace(traits, rotations=traits.rotations[:depth], layouts=traits.layouts[:depth])
             self.cache.held = Stream(window, traits)
         if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(

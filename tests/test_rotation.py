@@ -13,6 +13,11 @@ from tests.support.helpers import SMALL, prompt, small_model
 pytestmark = pytest.mark.newest_only
 
 
+def rotations_of(model) -> list:
+    """How each layer of `model` rotates its keys."""
+    return [rotation for rotation, _ in read_model(model).rotations]
+
+
 @pytest.mark.parametrize(
     "config, layout",
     [
@@ -26,7 +31,7 @@ pytestmark = pytest.mark.newest_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts(config, layout, dtype):
     model = small_model(config).to(dtype)
-    rotations = read_model(model).rotations
+    rotations = rotations_of(model)
     assert len(rotations) == 3
     for rotation in rotations:
         assert (rotation.start, rotation.interleaved) == (layout["start"], layout["interleaved"])
@@ -43,7 +48,7 @@ def test_a_model_that_turns_backwards():
         return cos, -sin
 
     rotary.forward = backwards
-    assert torch.equal(read_model(model).rotations[0].frequencies, -rotary.inv_freq.double())
+    assert torch.equal(rotations_of(model)[0].frequencies, -rotary.inv_freq.double())
 
 
 def test_frequencies_that_are_kept_in_another_order():
@@ -57,7 +62,7 @@ def test_frequencies_that_are_kept_in_another_order():
         return tuple(part[..., places] for part in forward(*args, **kwargs))
 
     rotary.forward = in_order
-    assert torch.equal(read_model(model).rotations[0].frequencies, used.double())
+    assert torch.equal(rotations_of(model)[0].frequencies, used.double())
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
@@ -67,12 +72,9 @@ def test_scaled_frequencies_are_those_in_use(rope_type):
     if rope_type == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, scaled = small_model(), small_model(rope_scaling=scaling)
-    found = read_model(scaled).rotations[0].frequencies
+    found = rotations_of(scaled)[0].frequencies
     assert torch.equal(found, scaled.model.rotary_emb.inv_freq.double())
-    assert (
-        found[0] == read_model(plain).rotations[0].frequencies[0]
-        and found[-1] < read_model(plain).rotations[0].frequencies[-1]
-    )
+    assert found[0] == rotations_of(plain)[0].frequencies[0] and found[-1] < rotations_of(plain)[0].frequencies[-1]
 
 
 def test_frequencies_not_in_use_are_passed_over():
@@ -80,7 +82,7 @@ def test_frequencies_not_in_use_are_passed_over():
     used = model.model.rotary_emb.inv_freq
     for name, decoy in {"nearly": used * (1 - 1e-4), "other": used.flip(0), "same": used.clone()}.items():
         model.register_buffer(name, decoy)
-    assert all(torch.equal(rotation.frequencies, used.double()) for rotation in read_model(model).rotations)
+    assert all(torch.equal(rotation.frequencies, used.double()) for rotation in rotations_of(model))
 
 
 def test_layers_without_positions():
@@ -94,7 +96,7 @@ def test_layers_without_positions():
         return forward(*args, **{**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
 
     attention.forward = unturned
-    first, second, third = read_model(model).rotations
+    first, second, third = rotations_of(model)
     assert second is None and first is third is not None
 
 
@@ -115,8 +117,8 @@ def test_it_runs_a_few_tokens_and_never_again():
 
 def test_a_cast_model_is_read_again():
     model = small_model()
-    before = read_model(model).rotations[0].frequencies
-    after = read_model(model.bfloat16()).rotations[0].frequencies
+    before = rotations_of(model)[0].frequencies
+    after = rotations_of(model.bfloat16())[0].frequencies
     assert torch.equal(after, model.model.rotary_emb.inv_freq.double()) and not torch.equal(before, after)
 
 

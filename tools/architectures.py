@@ -453,7 +453,7 @@ def _layers(model: PreTrainedModel, layers: list) -> str:
 def _rotation(model: PreTrainedModel, layers: list) -> str:
     """How the keys of the layers turn; for each kind, where kinds differ."""
     found: dict[str, list[str]] = {}
-    for kind, layer, rotation in zip(_kinds(model, layers), layers, read_model(model).rotations):
+    for kind, layer, (rotation, _) in zip(_kinds(model, layers), layers, read_model(model).rotations):
         if rotation is not None:
             head_dim = getattr(layer, rotation.tensor).shape[-1]
             text = f"{rotation.tensor}, {'interleaved' if rotation.interleaved else 'half'}"
