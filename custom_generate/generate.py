@@ -1490,11 +1490,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def has_positions_of_axes(module: torch.nn.Module) -> bool:
-    """Whether a module, or one in it, gives tokens positions of several axes, as it does to those of an image."""
-    return any("rope_deltas" in vars(inner) for inner in module.modules())
-
-
 # These attributes are no settings: torch has them on each module, or transformers leaves them after hidden states.
 NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - {"training"}
 
@@ -1730,11 +1725,6 @@ def _count_tokens_alone(stand_ins: Iterable[Any], device: torch.device) -> None:
             vars(stand_in)["rope_deltas"] = torch.zeros(1, 1, dtype=torch.long, device=device)
 
 
-def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether the user compiled the model, or parts of it, as its layers."""
-    return any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
-
-
 def uncompiled_code(model: torch.nn.Module) -> dict[str, Any]:
     """The attributes of a model that run it uncompiled; none if the user did not compile it as a whole."""
     uncompiled = {}
@@ -1796,8 +1786,9 @@ def _part_from(module: torch.nn.Module, stand_ins: dict[int, Any]) -> None:
     for name in ("_buffers", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
         own[name] = copy.copy(own[name])
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        needed = [(key, hook) for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)]
-        own[name] = OrderedDict((key, functools.partial(_call_hook, hook, module)) for key, hook in needed)
+        needed = {key: hook for key, hook in list(own[name].items()) if _is_needed(hook, module, stand_ins)}
+        # They are called with their own module: some look up what they know of it.
+        own[name] = OrderedDict((key, lambda _, *args, hook=hook: hook(module, *args)) for key, hook in needed.items())
     # `Module.__call__` calls this instead of the hooks, among which are those of all modules of the process.
     own["_compiled_call_impl"] = functools.partial(_call_with_own_hooks, stand_in)
 
@@ -1832,11 +1823,6 @@ def adapters_of_rows(model: Any) -> Iterator[None]:
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
         raise
-
-
-def _call_hook(hook: Callable, module: torch.nn.Module, stand_in: Any, *args: Any) -> Any:
-    """Call a `hook` with its own `module`, not with the `stand_in`: some look up what they know of the module."""
-    return hook(module, *args)
 
 
 def _call_with_own_hooks(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1957,33 +1943,32 @@ def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
 
 def _refuse_adapters(model: PreTrainedModel) -> None:
     """Raise if an active adapter of peft looks at more than the tokens of one forward pass."""
-    configs = getattr(model, "peft_config", None)
-    reasons = {name: _looks_further(config) for name, config in (configs if isinstance(configs, dict) else {}).items()}
-    active = set()
-    for module in modules_of(model) if any(reasons.values()) else ():
+    configs, active = getattr(model, "peft_config", None), set()
+    if not isinstance(configs, dict):
+        return
+    for module in modules_of(model):
         names = getattr(module, "active_adapters", None)
         if isinstance(names, list) and not module.disable_adapters:
             active.update(names)
         for hook in module._forward_pre_hooks.values():  # an adapter for each row
             active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
-    for name, reason in reasons.items():
+    for name, config in configs.items():
+        kind = getattr(config, "peft_type", None)
         # An X-LoRA stands in no layer: it mixes those that do.
-        if reason is not None and (name in active or (active and configs[name].peft_type == "XLORA")):
+        if name not in active and not (active and kind == "XLORA"):
+            continue
+        reason = None
+        if getattr(config, "alora_invocation_tokens", None):
+            reason = (
+                "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
+                "once (`alora_invocation_tokens`), and a long prompt comes in parts"
+            )
+        elif kind == "SHADOW":
+            reason = "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
+        elif kind == "XLORA":
+            reason = "peft runs the model twice in each forward pass, with one cache"
+        if reason is not None:
             raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
-
-
-def _looks_further(config: Any) -> Optional[str]:
-    """Why an adapter of peft with this configuration can't be streamed; None if nothing is known against it."""
-    if getattr(config, "alora_invocation_tokens", None):
-        return (
-            "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
-            "once (`alora_invocation_tokens`), and a long prompt comes in parts"
-        )
-    if getattr(config, "peft_type", None) == "SHADOW":
-        return "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
-    if getattr(config, "peft_type", None) == "XLORA":
-        return "peft runs the model twice in each forward pass, with one cache"
-    return None
 
 
 def refuse_model(model: PreTrainedModel) -> None:
@@ -2157,14 +2142,6 @@ def after_a_call(model: PreTrainedModel) -> None:
         stamp.leave_out_counters(model)
 
 
-def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> None:
-    """Remember that `traits` hold up to `reach`, as was found by running `model`."""
-    before, _ = _readings[model]
-    stamp = Stamp(model, before.counters)
-    stamp.numbers = before.numbers  # of when its fingerprint was read
-    _readings[model] = stamp, replace(traits, reach=reach)
-
-
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
     """`read_model` of a model `without_hooks`, whatever was read of it before."""
     parameters = inspect.signature(model.forward).parameters
@@ -2192,8 +2169,7 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     """
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(trained_length(model.config) or 1024, 1024) - 1
-    failed = f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read"
-    before, after, rounding, logits, changed, allowed = _compare_at(model, distance, failed)
+    before, after, rounding, logits, changed, allowed = _compare_at(model, distance)
     tolerance = _tolerance(distance, rounding)
     possible = functools.cache(lambda tensor, head_dim: list(_candidates(model, head_dim, tensor)))
     fits = _fit_rotations(
@@ -2280,7 +2256,7 @@ def _traits(
         balances_experts=bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)),
         brings_code=brings_code(model),
         inverts_masks=not ordered and brings_code(model) and _inverts_masks(model, mask_dtype, rounding),
-        rotates_by_axes=has_positions_of_axes(model) and _rotates_by_axes(model, rotations, rounding),
+        rotates_by_axes=_rotates_by_axes(model, rotations, rounding),
     )
 
 
@@ -2303,13 +2279,15 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
                 _read_columns(stand_in, reach)
         else:
             _read_further_positions(stand_in, traits, reach, limit)
-    _remember_reach(model, traits, reach)
+    before, _ = _readings[model]
+    stamp = Stamp(model, before.counters)
+    stamp.numbers = before.numbers  # of when its fingerprint was read
+    _readings[model] = stamp, replace(traits, reach=reach)
 
 
 def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
     """`read_further` of a model that takes positions; `limit` is what would avoid an error, or empty."""
-    failed = f"it failed on a few tokens at position {reach}"
-    before, after, rounding, _, changed, allowed = _compare_at(model, reach, failed, limit)
+    before, after, rounding, _, changed, allowed = _compare_at(model, reach, limit)
     fits = _fit_known_rotations(before, after, reach, traits.rotations)
     for layer_idx, (left, found) in enumerate(fits):
         known = [rotation for rotation in traits.rotations[layer_idx] if rotation is not None]
@@ -2323,18 +2301,13 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
     _refuse_change(model, reach, changed, allowed, limit)
 
 
-def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
-    """The fingerprint of `model`, which has these traits, as it is now."""
-    with torch.no_grad(), without_hooks(model) as stand_in:
-        return _fingerprint(_run_on_columns(stand_in, 1)[0] if traits.ordered else _cached_at(stand_in, 0))
-
-
-def known_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
-    """The fingerprint of `model` as it is now. The model runs only if it has changed since it was read."""
+def fingerprint_of(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
+    """The fingerprint of `model`, which has these traits, as it is now. It runs only if it was changed since."""
     stamp, read = _readings.get(model, (None, None))
     if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(model):
         return read.fingerprint
-    return read_fingerprint(model, traits)
+    with torch.no_grad(), without_hooks(model) as stand_in:
+        return _fingerprint(_run_on_columns(stand_in, 1)[0] if traits.ordered else _cached_at(stand_in, 0))
 
 
 def are_alike(fingerprint: torch.Tensor, other: torch.Tensor) -> bool:
@@ -2552,12 +2525,11 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 
 def _compare_at(
-    model: PreTrainedModel, distance: int, failed: str, limit: str = ""
+    model: PreTrainedModel, distance: int, limit: str = ""
 ) -> tuple[list, list, float, torch.Tensor, float, float]:
     """Run a few tokens at the first positions, and again up to position `distance`.
 
     Args:
-        failed: how an error of the model is told.
         limit: of `cant_stream`.
 
     Returns:
@@ -2570,6 +2542,7 @@ def _compare_at(
     Raises:
         ValueError: the model fails, or what it gives is NaN or infinite.
     """
+    failed = f"it failed on a few tokens at positions 0 and {distance}, off which its rotation is read"
     with telling(lambda error: _unreadable(model, f"{failed}: {error}", limit)):
         before, after = _cached_at(model, 0), _cached_at(model, distance)
         rounding, logits, changed, allowed = _rounding(model, before), _logits_at(model, 0), 0.0, 0.0
@@ -2579,7 +2552,18 @@ def _compare_at(
                 here, one_on, there = (_last_states_at(model, start) for start in (0, 1, distance - 3))
             noise = _difference(here, one_on)  # one position on, everything is rounded anew
             changed, allowed = _difference(here, there), 4 * noise + _tolerance(distance, rounding)
-    _refuse_no_numbers(model, before, changed, limit)
+    wrong = [
+        f"the keys and values of its layer {layer_idx}"
+        for layer_idx, layer in enumerate(before)
+        if not all(states.isfinite().all() for states in layer.values())
+    ]
+    if wrong or math.isnan(changed):
+        raise _unreadable(
+            model,
+            f"{(wrong or ['its logits'])[0]} are NaN or infinite for a few tokens, off which its rotation is read. "
+            "Look at its weights, or load it in a wider dtype.",
+            limit,
+        )
     return before, after, rounding, logits, changed, allowed
 
 
@@ -2697,8 +2681,10 @@ def _continues_positions(model: PreTrainedModel, rounding: float) -> bool:
 def _rotates_by_axes(model: PreTrainedModel, rotations: list[tuple], rounding: float) -> bool:
     """Whether tokens with another position on each axis move by these rotations when they move alike on all axes.
 
-    They do where the two dimensions of each pair turn with the same axis.
+    They do where the two dimensions of each pair turn with the same axis. Models without such positions are not tried.
     """
+    if not any("rope_deltas" in vars(module) for module in model.modules()):
+        return False
     tokens, distance = _single_tokens(model), 97
     for num_axes in (3, 4):
         axes = torch.arange(1, 3 * num_axes + 1, 3, dtype=torch.long, device=tokens.device)
@@ -2743,24 +2729,6 @@ def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueEr
     """The same for a `reason` that its runs showed. Training mode may have caused it."""
     training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
     return cant_stream(model, reason + training if model.training else reason, limit)
-
-
-def _refuse_no_numbers(
-    model: PreTrainedModel, cached: list[dict[str, torch.Tensor]], changed: float, limit: str
-) -> None:
-    """Raise if what a model `cached` of a few tokens is NaN or infinite, or how much its logits `changed` is NaN."""
-    seen = [
-        f"the keys and values of its layer {layer_idx}"
-        for layer_idx, layer in enumerate(cached)
-        if not all(states.isfinite().all() for states in layer.values())
-    ]
-    if seen or math.isnan(changed):
-        raise _unreadable(
-            model,
-            f"{(seen or ['its logits'])[0]} are NaN or infinite for a few tokens, off which its rotation is read. Look "
-            "at its weights, or load it in a wider dtype.",
-            limit,
-        )
 
 
 def _refuse_change(model: PreTrainedModel, distance: int, changed: float, allowed: float, limit: str = "") -> None:
@@ -2809,45 +2777,34 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
 # Numbers and settings
 
 
-def integer(name: str, value: Any, of: str = "tokens") -> int:
+def integer(name: str, value: Any, least: Optional[int] = None, of: str = "tokens") -> int:
     """`value`, an integer of any type, as an int.
 
     Raises:
         TypeError: it is none. The error names the argument, and says what it is a number `of`.
+        ValueError: it is below `least`.
     """
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an int (a number of {of}), got {value!r}.") from None
+    if least is not None and number < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {number}.")
+    return number
 
 
 def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
-    """The window of these arguments of `SinkCache`.
-
-    Raises:
-        TypeError: one is no int.
-        ValueError: one is out of range.
-    """
-    window_length = integer("window_length", window_length)
+    """The window of these arguments of `SinkCache`; TypeError or ValueError unless they are ints in range."""
+    window_length = integer("window_length", window_length, least=1)
     num_sink_tokens = integer("num_sink_tokens", num_sink_tokens)
-    if window_length < 1:
-        raise ValueError(f"`window_length` must be at least 1, got {window_length}.")
     if not 0 <= num_sink_tokens < window_length:
         raise ValueError(
             f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
             f"the sinks too, got {num_sink_tokens}."
         )
     return Window(window_length, num_sink_tokens)
-
-
-def checked_number_kept(kept_conversations: Any) -> int:
-    """This argument of `generate` as an int; TypeError or ValueError unless it is one of at least 0."""
-    number = integer("kept_conversations", kept_conversations, of="conversations")
-    if number < 0:
-        raise ValueError(f"`kept_conversations` must be at least 0, got {number}.")
-    return number
 
 
 def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
@@ -3053,10 +3010,7 @@ REFUSED_MODES = {
     )
     for name, mode in MOVED_MODES.items()
 }
-REFUSED_MODES["penalty_alpha"] = (
-    0,
-    "asks for contrastive search, which looks at all tokens of before. Leave it out.",
-)
+REFUSED_MODES["penalty_alpha"] = (0, "asks for contrastive search, which looks at all tokens of before. Leave it out.")
 
 
 def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -3066,23 +3020,13 @@ def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             value = look_up(model, kwargs, name)
             if value is not None and (harmless is None or value != harmless):
                 raise ValueError(f"`{name}` {reason.format(value=value)}")
-    chunk_size = resolve_setting(model, kwargs, "prefill_chunk_size")
-    try:
-        valid = chunk_size is None or integer("prefill_chunk_size", chunk_size) >= 1
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"`prefill_chunk_size` must be an int of at least 1, got {chunk_size!r}.")
 
 
-def refuse_assistance(
-    model: PreTrainedModel, window: Window, layers: list, ordered: bool, kwargs: dict[str, Any], name: str
-) -> None:
+def refuse_assistance(model: PreTrainedModel, stream: Any, kwargs: dict[str, Any], name: str) -> None:
     """Raise ValueError if the drafts that `name` asks for can't be checked, or taken back, as exactly as single tokens.
 
     Args:
-        layers: those of a cache for the model.
-        ordered: see `ModelTraits`.
+        stream: a `Stream` of the model.
         name: the argument, by `assisted_by`.
     """
     if name == "use_mtp" or resolve_setting(model, kwargs, "speculation_type") == "dflash":
@@ -3105,7 +3049,7 @@ def refuse_assistance(
             f"`{name}` can't be used with `synced_gpus`: a rank that is done goes on, and assisted decoding of "
             "transformers has it append tokens. Leave one of them out."
         )
-    if ordered:
+    if stream.traits.ordered:
         raise ValueError(
             f"`{name}` checks several tokens at once, which this model ({type(model).__name__}) can't do exactly past "
             "the window: it knows the order of tokens by the columns of its cache, and those are others for each of "
@@ -3116,17 +3060,16 @@ def refuse_assistance(
             f"`{name}` checks several tokens at once, which needs a mask that this model's `attn_implementation`, "
             'flash attention, does not take. Load the model with "sdpa", or leave it out.'
         )
-    if not all(layer.can_record for layer in layers):
+    if not all(layer.can_record for layer in stream.layers):
         raise ValueError(
             f"`{name}` asks for a decoding mode that takes tokens back, which some layers of `model` "
             f"({type(model).__name__}) can't with transformers {transformers.__version__}: they slide or keep a state. "
             "Leave it out, or use a model with full attention in its layers."
         )
     number = resolve_setting(model, kwargs, "prompt_lookup_num_tokens")
-    if number is not None and number >= window.length:
-        raise ValueError(
-            f"`prompt_lookup_num_tokens` must be less than `window_length` ({window.length}), got {number}."
-        )
+    length = stream.window.length
+    if number is not None and number >= length:
+        raise ValueError(f"`prompt_lookup_num_tokens` must be less than `window_length` ({length}), got {number}.")
 
 
 def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
@@ -4995,7 +4938,7 @@ class SinkCache(Cache):
         stream, model = self.held, self._bound_model
         stream.settle()
         if model is not None:
-            stream.traits = replace(stream.traits, fingerprint=known_fingerprint(model, stream.traits))
+            stream.traits = replace(stream.traits, fingerprint=fingerprint_of(model, stream.traits))
         state, tensors = pack(stream)
         write_file(path, tensors, {"sink_cache": json.dumps(state)})
 
@@ -5040,7 +4983,7 @@ class SinkCache(Cache):
             state = checked_state(text, tensors)
             cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
             model, stream = cache._bound_model, cache.held
-            refuse_other_model(tensors, stream.traits, read_fingerprint(model, stream.traits))
+            refuse_other_model(tensors, stream.traits, fingerprint_of(model, stream.traits))
             unpack(stream, state, tensors, input_device(model))
         return cache
 
@@ -5333,7 +5276,8 @@ class StreamedCall:
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
         self.phase, self.prompt, self.handed, self.arguments = Phase.BEFORE, Prompt(), None, None
         self.uncompiled = uncompiled_code(model)
-        self.compiles = not assisted and self._can_step_in_tensors and is_compiled(model)
+        compiled = any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
+        self.compiles = not assisted and self._can_step_in_tensors and compiled
 
     @staticmethod
     def _in_place_of(method: Callable, ours: Callable) -> Callable:
@@ -5969,7 +5913,7 @@ def _generate_by_name(
         return _generate_inside(model, part, loop, kwargs | {CACHE: cache, "prefill_progress": progress})
     refuse_arguments(model, kwargs)
     chunk_size = settings.pop("prefill_chunk_size")
-    chunk_size = None if chunk_size is None else operator.index(chunk_size)
+    chunk_size = None if chunk_size is None else integer("prefill_chunk_size", chunk_size, least=1)
     kwargs.pop("prefill_chunk_size", None)
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
@@ -5978,7 +5922,7 @@ def _generate_by_name(
         return loop.__get__(model)(**{CACHE: cache}, **kwargs)
     model = model if around is None else around.cache._bound_model
     number, keeper = settings["kept_conversations"], None
-    number = checked_number_kept(0 if number is None else number)
+    number = 0 if number is None else integer("kept_conversations", number, least=0, of="conversations")
     if cache is None:
         refuse_dropped_settings(model, [name for name, value in settings.items() if value is None])
         cache = SinkCache(**{name: settings[name] for name in window if settings[name] is not None})
@@ -6010,7 +5954,7 @@ def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: 
     window, assistance = cache.held.window, assisted_by(model, kwargs)
     if assistance is not None:
         stream = SinkCache(window.length, window.num_sinks).bind(model).held
-        refuse_assistance(model, window, stream.layers, stream.traits.ordered, kwargs, assistance)
+        refuse_assistance(model, stream, kwargs, assistance)
     if kwargs.get("assistant_model") is not None:
         assistant = unwrapped(kwargs["assistant_model"], "assistant_model")
         kwargs["assistant_model"] = Drafter(assistant, window).stand_in

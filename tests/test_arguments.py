@@ -49,7 +49,7 @@ def test_what_is_no_integer(value):
         SinkCache(value)
     with pytest.raises(TypeError, match="`num_sink_tokens` must be an int"):
         SinkCache(16, value)
-    with pytest.raises(ValueError, match="`prefill_chunk_size` must be an int"):
+    with pytest.raises(TypeError, match="`prefill_chunk_size` must be an int"):
         generate(small_model(), input_ids=prompt(5), prefill_chunk_size=value)
 
 

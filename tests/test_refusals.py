@@ -46,7 +46,7 @@ ARGUMENTS = [
     (dict(past_key_values=SinkCache(32, 4), num_sink_tokens=2), ValueError, "`num_sink_tokens` is 2.*made with 4"),
     (dict(penalty_alpha=0.6, top_k=4), ValueError, "`penalty_alpha`"),
     (dict(position_ids=torch.arange(5)[None]), ValueError, "`position_ids` must not be given"),
-    (dict(prefill_chunk_size=0), ValueError, "`prefill_chunk_size` must be an int of at least 1, got 0"),
+    (dict(prefill_chunk_size=0), ValueError, "`prefill_chunk_size` must be at least 1, got 0"),
 ]
 
 
