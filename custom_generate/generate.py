@@ -1497,8 +1497,7 @@ NO_SETTINGS = {*vars(torch.nn.Module()), "_output_capturing_hooks_installed"} - 
 def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """What may be rotary frequencies in a module, its children left out: `[pairs]`, float64 on the CPU.
 
-    Each vector that is no weight may be. So may the angles of position 1 in a table of sines and cosines, which is
-    `[positions, 2 * pairs]`.
+    Each vector that is no weight may be, and so may the angles of position 1 in a table of sines and cosines.
     """
     own = [value for name, value in vars(module).items() if name not in NO_SETTINGS]
     for tensor in [*module._buffers.values(), *own]:
@@ -1534,13 +1533,12 @@ def some_numbers(model: PreTrainedModel) -> bytes:
 
 
 class Stamp:
-    """What the traits of a model depend on, as it can be seen without running the model.
+    """What the traits of a model depend on, as it can be seen without running the model. It keeps nothing alive.
 
     That is: which modules and weights it has; dtype, shape, device and version of each weight; the code and the plain
     settings of the modules (training and active adapters among them); the configuration; and what may be frequencies.
-    A weight changed behind torch's back (`.data`) is not seen. No rotation depends on one.
-
-    Each call of `generate` compares it, which takes some milliseconds for 1,000 modules. It keeps nothing alive.
+    A weight changed behind torch's back (`.data`) is not seen. No rotation depends on one. Each call of `generate`
+    compares it, which takes some milliseconds for 1,000 modules.
 
     Args:
         counters: for each module, the names of settings that are ignored; None if there are none.
@@ -2069,12 +2067,11 @@ class ModelTraits:
         rounding: the relative rounding of what its attention gets.
         reach: up to which position all this was tried, or with how many columns.
         mask_dtype: of the masks that its attention takes.
-        trained_length: see the function of that name.
+        trained_length, brings_code: see the functions of these names.
         cache_name: the argument of its forward that takes a cache.
         ordered: whether the model knows the order of tokens by the columns of its cache, and is given no positions.
         counts_places: whether the model, where it counts the tokens before, is given `UpdatePlan.place`.
         balances_experts: whether it always returns the logits of its routers, and a loss made of them.
-        brings_code: see the function of that name.
         inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
         rotates_by_axes: whether the same rotations move tokens that have another position on each axis, as of images.
     """
@@ -2115,9 +2112,7 @@ def read_model(model: PreTrainedModel) -> ModelTraits:
     The traits are remembered for as long as the model lives and what they depend on stays the same.
 
     Raises:
-        ValueError: it can't be streamed, by `refuse_model`; it knows their order neither by a rotation of keys nor by
-            the columns of its cache, as with learned positions; it gives NaN or infinite numbers; or what it gives
-            changes when all positions move.
+        ValueError: it can't be streamed.
     """
     stamp, traits = _readings.get(model, (None, None))
     if traits is None or not stamp.fits(model):
@@ -2204,10 +2199,8 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
     """The traits of a model that knows the order of tokens by the columns of its cache, or does not know it.
 
     As tokens leave the window, the others come to stand in other columns. So what is cached of a token must not tell in
-    which column it came. And rows with fewer tokens are filled up with padding, which may change nothing.
-
-    Raises:
-        ValueError: it is no such model. `reason` is why its positions don't serve either.
+    which column it came. And rows with fewer tokens are filled up with padding, which may change nothing. For other
+    models it raises ValueError; `reason` is why their positions don't serve either.
     """
 
     def refusal(error: Exception) -> ValueError:
@@ -2262,11 +2255,7 @@ def _traits(
 
 @torch.no_grad()
 def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int, reach: int) -> None:
-    """Raise unless `traits` hold up to position `reach` too, and remember that they do.
-
-    Raises:
-        ValueError: `model` fails there, rotates its keys otherwise, or what its tokens see of each other changes.
-    """
+    """Raise ValueError unless `traits` hold up to position `reach` too, and remember that they do."""
     reach = window_length if traits.ordered else reach
     if reach <= traits.reach:
         return
@@ -2367,8 +2356,8 @@ def _fit_rotation(
     """The rotation by `distance` that takes `before` nearest to `after`: `[batch, kv_heads, 1, head_dim]` both.
 
     Returns:
-        The norm of the difference that is left, as a part of that of `after`; and the rotation. It is None if none is
-        nearer than no rotation at all, as where keys are zero.
+        The norm of the difference that is left, as a part of that of `after`; and the rotation, or None if no rotation
+        at all is as near, as where keys are zero.
     """
     before, after = before.float(), after.float()
 
@@ -2468,8 +2457,7 @@ def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
 class _ColumnsAlike(DynamicCache):
     """A cache in which the one new token of each row stands in all of `number` columns. It takes no memory for them.
 
-    Attributes:
-        cached: by layer, the `keys` and `values` of the token.
+    What each layer `cached` is the `keys` and `values` of the token.
     """
 
     def __init__(self, number: int):
@@ -2527,10 +2515,7 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
 def _compare_at(
     model: PreTrainedModel, distance: int, limit: str = ""
 ) -> tuple[list, list, float, torch.Tensor, float, float]:
-    """Run a few tokens at the first positions, and again up to position `distance`.
-
-    Args:
-        limit: of `cant_stream`.
+    """Run a few tokens at the first positions, and again up to position `distance`. The `limit` is of `cant_stream`.
 
     Returns:
         What each layer caches of four single tokens at position 0, and at `distance`.
@@ -2577,9 +2562,6 @@ def _read_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, t
 
     Returns:
         What each layer caches of four single tokens, and the relative rounding.
-
-    Raises:
-        ValueError: what the model makes of a token depends on its column; it is NaN or infinite; or it is not cached.
     """
     first, logits = _run_on_columns(model, 1)
     if not first or len(first) < len(default_layers(model)):
@@ -2616,9 +2598,7 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
 def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: float) -> None:
     """Raise if what two tokens of a row give changes where two more come after them, and another row beside them.
 
-    Args:
-        together: the logits of four rows of four tokens from position 0 on.
-        allowed: the most by which it may change, as a part of its length.
+    The logits of four rows of four tokens are `together`. What two give may change by a part `allowed` of its length.
     """
     alone = _allowed_logits(_run(model, some_tokens(model, 4)[1:, :2])[0])
     changed = _difference(together[1:, :2], alone)
@@ -2704,10 +2684,7 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
     """Whether in a mask of four dimensions the model takes 1 for what is seen, and 0 for what is not.
 
     Some code that comes with a model does. Models of transformers add the mask to their scores, so that 0 is seen.
-    Models with layers of several kinds are not tried.
-
-    Raises:
-        ValueError: the model reads such a mask in neither way, or takes none.
+    Models with layers of several kinds are not tried. Code that makes something else of such a mask is refused.
     """
     if not takes_masks(model) or layer_classes(default_layers(model)) - {*FULL_LAYERS}:
         return False
@@ -2839,13 +2816,9 @@ def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]
 
 
 def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
-    """How many columns of left padding `attention_mask` (`[batch, columns]`) has: `[rows]`.
+    """How many columns of left padding `attention_mask` (`[batch, columns]`) has: `[rows]`. Other padding is refused.
 
-    Args:
-        given: whether the user gave it. If not, transformers made it of the pad tokens in the prompt.
-
-    Raises:
-        ValueError: it has padding elsewhere.
+    If it was not `given` by the user, transformers made it of the pad tokens in the prompt.
     """
     if attention_mask is None:
         return [0]
@@ -2871,14 +2844,11 @@ def prompt_ids(kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
 
 
 def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """How many columns the conversation has with this call's prompt, and how many of them are not passed.
+    """How many columns the conversation has with this call's prompt; ValueError if that has no token.
 
     Returns:
         The columns, at the most of ids, embeddings and mask; how many of them `input_ids` leave out; and how many both
         `input_ids` and `inputs_embeds` leave out.
-
-    Raises:
-        ValueError: the prompt has no token.
     """
     names = ("inputs", "input_ids", "inputs_embeds")
     given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
@@ -2901,9 +2871,8 @@ def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
 
 # The inputs that tell a model the types of tokens.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# The model's inputs with an entry for each column, and the dimension in which they have it.
-PER_COLUMN_INPUTS = {"input_ids": 1, "inputs_embeds": 1, **dict.fromkeys(TOKEN_TYPES, 1)}
-PER_COLUMN_INPUTS |= {"position_ids": -1, "cache_position": -1}
+# The model's inputs with an entry for each column, in their last dimension; embeddings have it in the last but one.
+PER_COLUMN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", *TOKEN_TYPES)
 KNOWN_BY_IDS = {"input_ids", "attention_mask", CACHE, OLDER_NAME, "use_cache", "cache_position"}
 KNOWN_BY_IDS |= {"output_attentions", "output_hidden_states", "return_dict"}
 
@@ -2915,11 +2884,10 @@ def new_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 
 def slice_inputs(inputs: dict[str, Any], columns: slice) -> dict[str, Any]:
     """A copy of the model's inputs that has only some of their columns. Masks stay whole."""
-    sliced = dict(inputs)
-    for name, dim in PER_COLUMN_INPUTS.items():
-        if isinstance(sliced.get(name), torch.Tensor):
-            sliced[name] = sliced[name][..., columns] if dim == -1 else sliced[name][:, columns]
-    return sliced
+    given = {name: inputs[name] for name in PER_COLUMN_INPUTS if isinstance(inputs.get(name), torch.Tensor)}
+    return inputs | {
+        name: value[:, columns] if name == "inputs_embeds" else value[..., columns] for name, value in given.items()
+    }
 
 
 def cut_at(chunks: list[slice], column: int) -> list[slice]:
@@ -2959,9 +2927,6 @@ def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
     """Raise ValueError if the model's `generation_config.json` has one of the `missing` arguments, and it was dropped.
 
     transformers drops what it doesn't know from a file with `"_from_model_config": true`. It once wrote that by itself.
-
-    Args:
-        missing: the names of our arguments that were not given.
     """
     if not missing or not getattr(model.generation_config, "_from_model_config", False) or not model.name_or_path:
         return
@@ -3073,14 +3038,9 @@ def refuse_assistance(model: PreTrainedModel, stream: Any, kwargs: dict[str, Any
 
 
 def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
-    """Raise unless the `cache` that was passed is a `SinkCache` with the window that was passed.
+    """Raise TypeError unless the `cache` that was passed is a `SinkCache`, and ValueError unless it has the `window`.
 
-    Args:
-        window: `window_length` and `num_sink_tokens` by name, None where one was not passed.
-
-    Raises:
-        TypeError: it is no `SinkCache`.
-        ValueError: it was made with another window.
+    Of that, `window_length` or `num_sink_tokens` is None where it was not passed.
     """
     # By name: the same file loaded from the Hub and from a folder is two modules, with a class each.
     if not any(cls.__name__ == "SinkCache" and hasattr(cls, "bind") for cls in type(cache).__mro__):
@@ -3102,8 +3062,7 @@ def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
 def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
     """Raise ValueError unless the arguments of `generate` go on from column `end`, and have at least one new column.
 
-    Args:
-        seen: how many columns the cache has seen.
+    The cache has `seen` so many.
     """
     columns, _, start = prompt_columns(kwargs)
     if 0 < columns <= end:
@@ -4047,7 +4006,6 @@ class UnboundLayers:
     Attributes:
         keys, values: of each layer, in order of the sequence: `[batch, kv_heads, tokens kept, head_dim]`.
         seen: how many tokens came.
-        layers: none, which a `Cache` has to have.
     """
 
     def __init__(self, window: Window):
@@ -4181,11 +4139,7 @@ def rotations_by_name(traits: ModelTraits) -> dict[str, Rotation]:
 
 
 def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a file holds of `stream`: its state, with the checksum, and its tensors by name.
-
-    Raises:
-        ValueError: a tensor holds numbers that are not finite.
-    """
+    """What a file holds of `stream`: its state, with the checksum, and its tensors by name. All numbers are finite."""
     for ring in stream.rings:  # the sinks are stored as the model made them
         ring.place_sinks([0])
     stream.trim_transcript()
@@ -4200,8 +4154,8 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     for layer_idx, layer in enumerate(stream.layers):
         tensors |= {f"{name}.{layer_idx}": tensor for name, tensor in layer.tensors().items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+    for name, tensor in tensors.items():  # `isfinite` alone would need memory as large as a tensor
+        if tensor.numel() > 0 and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"The `SinkCache` can't be saved: its {name!r} holds numbers that are not finite.")
     state = {
         "version": FORMAT_VERSION,
@@ -4222,12 +4176,9 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 @torch.inference_mode(False)
 def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Give a new `stream` the conversation of a file.
+    """Give a new `stream`, of the same window and of a model that fits, what `pack` returned of another.
 
-    Args:
-        stream: of the same window, and of a model that fits.
-        state, tensors: what `pack` returned.
-        device: where tensors go first; the layers move them to where they belong.
+    Tensors go to `device` first. The layers move them to where they belong.
     """
     stream.pads, stream.padding_known, stream.offsets = state["pads"], state["padding_known"], state["offsets"]
     ids = tensors.get("latest_ids")
@@ -4245,11 +4196,6 @@ def unpack(stream: Stream, state: dict[str, Any], tensors: dict[str, torch.Tenso
         layer.restore(own, state["seen"], state["offsets"])
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite. `isfinite` alone would need memory as large as the tensor."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
 def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
     """CRC-32 of the tensors of a conversation and of its state, except the checksum in it."""
     fields = {name: value for name, value in state.items() if name != "checksum"}
@@ -4261,14 +4207,10 @@ def _checksum(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
 
 
 def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside `path`, then move it there.
+    """Write a safetensors file beside `path`, then move it there; OSError if it can't be written.
 
-    It takes over the mode of a file that was there, and its owner where that is allowed.
-    safetensors itself writes over the old file, which a kill would lose. From 0.8 on it replaces the file, but changes
-    its mode, and replaces a symbolic link too.
-
-    Raises:
-        OSError: it can't be written; `path` is as it was.
+    It takes over the mode of a file that was there, and its owner where that is allowed. safetensors itself writes over
+    the old file, which a kill would lose. From 0.8 on it changes its mode, and replaces a symbolic link.
     """
     target = os.path.realpath(path)
     written = os.path.join(os.path.dirname(target), f".sink_cache-{secrets.token_hex(16)}")
@@ -4300,12 +4242,7 @@ def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], 
 
 
 def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:
-    """The state (JSON) and the tensors that `SinkCache.save` wrote to `path`.
-
-    Raises:
-        ValueError: it is another file, or not a whole one.
-        OSError: it can't be read.
-    """
+    """The state (JSON) and the tensors that `SinkCache.save` wrote to `path`; ValueError if that is no such file."""
     wanted = f"`path` must be a file that `SinkCache.save` wrote, got {os.fspath(path)!r}"
     with telling(lambda error: ValueError(f"{wanted}: {error}")):  # also of a torch that doesn't know a dtype
         # By hand, because safetensors opens a file several times, and `save` may replace it in between.
@@ -4321,23 +4258,17 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
 def checked_state(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The state in the metadata of a file, which is `text`.
 
-    Raises:
-        ValueError: the state or the `tensors` are not as they were written, or their format is not known here.
+    It raises ValueError if that or the `tensors` are not as they were written, or their format is not known here.
     """
     try:
         state = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata is no JSON: {error}") from error
-    version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int:
+        version = state.get("version")
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"its metadata is no state of a `SinkCache`: {error}") from error
+    if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
-            "its metadata is no state of a `SinkCache` with a version. Files from before version 1.0.0 have none, and "
-            "are no longer loaded"
-        )
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"its format has version {version}, newer than the version {FORMAT_VERSION} that is known here. Load it "
-            "with the `SinkCache` that wrote it, or a later one"
+            f"its format has version {version}, and those from 1 to {FORMAT_VERSION} are known here. Load it with the "
+            "`SinkCache` that wrote it, or a later one"
         )
     if state.get("checksum") != _checksum(state, tensors):
         raise ValueError("something in it was changed after it was written: its checksum is another")
@@ -4383,7 +4314,7 @@ class Conversation:
 
     Args:
         ids: of all columns seen, int32 `[batch, columns]` on the CPU.
-        basis: what its keys and values depend on; see the function of that name.
+        basis: see the function of that name.
         snapshots: its stream after the latest prompt and after the answer, in this order, or one of these. They never
             change, because calls go on in copies of them.
     """
@@ -4400,16 +4331,13 @@ class Conversation:
     def nearest(
         self, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int
     ) -> tuple[int, Optional[Stream]]:
-        """The snapshot in which `ids` can go on with the fewest columns to read, and the column from which they do.
+        """The column from which a prompt can go on in a snapshot, the latest there is, and that; or 0 and None.
 
         Args:
-            ids: int32 `[batch, length]`.
-            media: the images or the like among them.
-            pads: `[rows]`, their columns of left padding.
-            most: the column from which they must be read at the latest.
-
-        Returns:
-            The column and the snapshot; 0 and None if there is none.
+            ids: the prompt, int32 `[batch, columns]`.
+            media: the images or the like in it.
+            pads: `[rows]`, its columns of left padding.
+            most: the column from which it must be read at the latest.
         """
         if len(ids) != len(self.ids):
             return 0, None
@@ -4429,12 +4357,10 @@ class KeptConversations:
         self._changing = threading.Lock()
 
     def put(self, conversation: Conversation, before: Optional[Conversation], number: int) -> None:
-        """Add a conversation.
+        """Add a conversation, and keep the `number` of the latest.
 
-        Args:
-            before: the one in which the call went on, if any. It is dropped if the new one begins with all of its
-                prompt. Else the two may be different ones that begin alike, so it stays as long as there is room.
-            number: how many are kept at most.
+        The one `before`, in which the call went on, is dropped if the new one begins with all of its prompt. Else the
+        two may be different ones that begin alike.
         """
         with self._changing:
             kept = [other for other in self.conversations if other is not before]
@@ -4455,8 +4381,8 @@ def all_kept() -> "weakref.WeakKeyDictionary[PreTrainedModel, dict[type, KeptCon
     """For each model, what every copy of this file keeps on it, by the copy's `KeptConversations`.
 
     This file may be loaded several times in a process, from the Hub and as an installed package. Each copy is a module
-    with classes of its own, maybe of another version, and goes on in its own conversations only. Any copy can count and
-    forget those of all. It knows nothing of another's conversations but their `nbytes`. None outlives its model.
+    with classes of its own, maybe of another version. It goes on in its own conversations only, but can count the bytes
+    of all, and forget them. None outlives its model.
     """
     name = "_sink_cache_kept_conversations"
     module = sys.modules.setdefault(name, types.ModuleType(name))
@@ -4476,8 +4402,7 @@ class Keeper:
 
     Attributes:
         kept: the conversations kept on the model.
-        basis: of this call.
-        snapshots: those that its conversation will have.
+        basis, snapshots: of this call's conversation.
         before: the conversation that it goes on in, or kept last.
     """
 
@@ -4489,14 +4414,9 @@ class Keeper:
         self.before: Optional[Conversation] = None
 
     def resume(self, stream: Stream, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int) -> Stream:
-        """A stream that has seen as many of the first columns of a prompt as one that is kept.
+        """A copy of the kept stream that has seen the most of a prompt, or this new `stream` if none has.
 
-        Args:
-            stream: a new stream, which is returned if no kept one begins like the prompt.
-            ids: the prompt, int64 `[batch, columns]`.
-            media: the images or the like in it.
-            pads: `[rows]`, its columns of left padding.
-            most: how many columns the stream may have seen at most.
+        The arguments are of `Conversation.nearest`, but for `ids`, which are int64.
         """
         self.basis, ids = basis(self.model, stream), ids.to("cpu", torch.int32)
         alike = [other for other in self.kept.conversations if other.basis == self.basis]
@@ -4556,18 +4476,15 @@ class SinkCache(Cache):
     `cos` to `update` itself. The keys that are kept are rotated back at every step, in their own dtype, and
     `get_seq_length()` is the number of tokens stored. Without `sin` and `cos`, it refuses to evict.
 
-    A bound cache is exact in `generate` below, and in a loop of your own that calls
-    `model(**cache.prepare_inputs(...))`. In other calls (`model(input_ids, cache=cache)`, or a plain
-    `model.generate(cache=cache)`; until transformers 5.23 these name it `past_key_values`) it sees neither mask nor
-    positions. These calls are served for one row without padding, up to the length that the model was trained on.
-    Refused are a batch that must evict, several tokens at once that evict, steps past that length, going on with rows
-    that were padded or whose positions were lowered, and any eviction from a cache whose columns the model goes by. Two
-    things go unnoticed in such calls, and give wrong tokens: padding of a single row, and positions that are no numbers
-    of tokens. You may pass such `position_ids`, or a model may make them itself, of an image in two dimensions or of
-    `rope_deltas` of another conversation with images.
-
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
-    into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
+    into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`). That is
+    so in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`.
+
+    In other calls (`model(input_ids, cache=cache)`, or a plain `model.generate(cache=cache)`; until transformers 5.23
+    these name it `past_key_values`) a bound cache sees neither mask nor positions. They are served for one row without
+    padding, up to the length that the model was trained on, and others are refused. Two things go unnoticed in them,
+    and give wrong tokens: padding of a single row, and positions that are no numbers of tokens. You may pass such
+    `position_ids`, or a model may make them of an image, or of `rope_deltas` that another conversation has left.
 
     Args:
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.
@@ -4612,14 +4529,11 @@ class SinkCache(Cache):
         self.held = self.held.renewed()
 
     def bind(self, model: PreTrainedModel) -> "SinkCache":
-        """Learn how the layers of `model` rotate their keys, or that they go by columns, and stream from now on.
+        """Learn how the layers of `model` rotate their keys, or that they go by columns; return this cache, to stream.
 
         Args:
             model: a decoder-only model with relative positions, or ALiBi. It is run on a few tokens the first time, and
                 again once it was changed. Nothing is changed on it, and the cache does not keep it alive.
-
-        Returns:
-            This cache.
 
         Raises:
             TypeError: `model` is no model of transformers that generates.
@@ -4736,15 +4650,13 @@ class SinkCache(Cache):
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Take in the new keys of a layer's index, by which it chooses tokens, and return those to choose from.
 
+        The layer's `update` follows. What this raises, it would raise too.
+
         Args:
             indexer_key_states: `[batch, length, index_dim]`, rotated to their positions by the model.
-            layer_idx: the layer that they belong to. Its `update` follows.
 
         Returns:
             `[batch, keys, index_dim]`, in the order of the keys that `update` will return.
-
-        Raises:
-            ValueError: as `update` of a bound cache.
         """
         self._refuse_other_thread()
         return self.held.update_indexer(indexer_key_states, layer_idx)
@@ -4831,9 +4743,8 @@ class SinkCache(Cache):
         """The number of keys that `update` will return, and the column that the first of them counts as.
 
         Args:
-            query_length: how many tokens are new. Until 5.3, transformers passes their columns, int64 `[length]`.
-            layer_idx: the layer that is asked about.
-            cache_position: these columns, by the name that they have in older releases.
+            query_length: how many tokens are new. Until 5.3, transformers passes their columns, int64 `[length]`, in
+                older releases as `cache_position`.
         """
         self._refuse_other_thread()
         return self.held.mask_sizes(query_length if cache_position is None else cache_position, layer_idx)
@@ -4944,11 +4855,10 @@ class SinkCache(Cache):
 
     @staticmethod
     def kept_nbytes(model: PreTrainedModel) -> int:
-        """How many bytes of memory the conversations take that `generate` keeps on `model` (`kept_conversations`).
+        """How many bytes of memory the conversations take that `generate` keeps on `model`, wherever it comes from.
 
         Each takes at most two windows, as they were after its latest prompt and after the answer, with what their
-        latest update evicted, and 4 bytes for each token of the conversation. All are counted, whether `generate` comes
-        from the Hub, a folder or an installed package.
+        latest update evicted, and 4 bytes for each token of the conversation.
         """
         return sum(kept.nbytes for kept in list(all_kept().get(unwrapped(model), {}).values()))
 
@@ -4996,16 +4906,11 @@ class SinkCache(Cache):
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Reserve the cache for the block, which is one call of `generate`.
-
-        Raises:
-            ValueError: another call has it in use.
-        """
+        """Reserve the cache for the block, which is one call of `generate`. Raise ValueError if another one has it."""
         thread, claimed = threading.get_ident(), False
         try:
             with _claiming:
-                if self._used_by is not None:
-                    self._refuse_use()
+                self._refuse_use_but_by(None)
                 claimed = True  # before it is, as an interrupt may come in between
                 self._used_by = thread
             yield
@@ -5015,17 +4920,16 @@ class SinkCache(Cache):
 
     def _refuse_other_thread(self) -> None:
         """Raise a ValueError if a call of `generate` in another thread has this cache in use."""
-        if torch.compiler.is_compiling():  # this is the call's own thread then, and compiled code can't ask which
-            return
-        if self._used_by not in (None, threading.get_ident()):
-            self._refuse_use()
+        if not torch.compiler.is_compiling():  # else this is the call's own thread, and compiled code can't ask which
+            self._refuse_use_but_by(threading.get_ident())
 
-    def _refuse_use(self) -> None:
-        """Raise a ValueError that says who has the cache."""
-        raise ValueError(
-            f"The `SinkCache` in `{CACHE}` is in use by another call of `generate`, which goes on. Wait until "
-            "that has ended, or use a cache for each call."
-        )
+    def _refuse_use_but_by(self, thread: Optional[int]) -> None:
+        """Raise a ValueError if a call of `generate` has this cache in use, except in this thread."""
+        if self._used_by not in (None, thread):
+            raise ValueError(
+                f"The `SinkCache` in `{CACHE}` is in use by another call of `generate`, which goes on. Wait until that "
+                "has ended, or use a cache for each call."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5034,9 +4938,6 @@ class SinkCache(Cache):
 
 # Settings of a generation that are served here, or that a model's files ask for and a cache that is passed replaces.
 SERVED = {"prefill_chunk_size": None, "cache_implementation": None, "use_cache": True, "return_legacy_cache": None}
-
-# What `generate` appends to at each step, beside its ids and the mask.
-GROWING_INPUTS = ("position_ids", *TOKEN_TYPES)
 
 
 def copied_with(config: Any, **settings) -> Any:
@@ -5061,15 +4962,11 @@ def chunks_of_prompt(
     three quarters of a window, and at most 256: with more of them, attention would take more time than passes save.
 
     Args:
-        stream: what they go into.
         takes_masks: whether the model's attention does. If not, or if the model goes by the columns of its cache, what
             evicts goes in token by token.
         chunk_size: `prefill_chunk_size` of `generate`.
         least_last: how many tokens the last update must have at least.
         together: how many of the last tokens come in one update, as far as a chunk holds them.
-
-    Raises:
-        ValueError: tokens that see later ones, and so come at once, are more than the model can take.
     """
     start, window, traits = stream.seen, stream.window, stream.traits
     continues, ordered = traits.continues_states, traits.ordered
@@ -5225,14 +5122,12 @@ class StreamedCall:
     Args:
         model: the model, which `cache` is bound to.
         cache: in use by this call alone.
-        chunk_size: `prefill_chunk_size` of `generate`.
-        progress: whether to show a progress bar while a long prompt goes in.
+        chunk_size, progress: `prefill_chunk_size` and `prefill_progress` of `generate`.
         assisted: whether the loop takes tokens back.
         keeper: of the conversations kept on the model; None if the cache was given, or none are to be kept.
 
     Attributes:
         stand_in: what the decoding loop runs on.
-        stream: the cache at work.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
         phase: what the loop is at.
         prompt: what it got.
@@ -5272,25 +5167,18 @@ class StreamedCall:
         vars(self.stand_in).pop("generate", None)
         vars(self.stand_in)["_streamed_call"] = self
         for name in self.REPLACED:
-            vars(self.stand_in)[name] = self._in_place_of(getattr(model, name), getattr(self, name))
+            # With the signature of the model's method, in which transformers looks up the arguments that it takes.
+            ours = functools.partial(getattr(self, name))
+            vars(self.stand_in)[name] = functools.update_wrapper(ours, getattr(model, name))
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
         self.phase, self.prompt, self.handed, self.arguments = Phase.BEFORE, Prompt(), None, None
         self.uncompiled = uncompiled_code(model)
         compiled = any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
         self.compiles = not assisted and self._can_step_in_tensors and compiled
 
-    @staticmethod
-    def _in_place_of(method: Callable, ours: Callable) -> Callable:
-        """`ours`, with the signature of `method`, in which transformers looks up the arguments that it takes."""
-
-        @functools.wraps(method)
-        def call(*args, **kwargs) -> Any:
-            return ours(*args, **kwargs)
-
-        return call
-
     @property
     def stream(self) -> Stream:
+        """The cache at work."""
         return self.cache.held
 
     @functools.cached_property
@@ -5591,16 +5479,14 @@ class StreamedCall:
 
     def _compile_step(self, compiled: bool) -> None:
         """Have the next forward pass compiled by the user's code, if there is some, or not."""
-        vars(self.stand_in).update(
-            {name: vars(self.model)[name] for name in self.uncompiled} if compiled else self.uncompiled
-        )
+        own = vars(self.model) if compiled else self.uncompiled
+        vars(self.stand_in).update({name: own[name] for name in self.uncompiled})
 
     def _last_chunk(self, inputs: dict[str, Any], new_columns: int) -> dict[str, Any]:
         """Run the model on all of a prompt but its last chunk; the inputs of that.
 
-        Args:
-            new_columns: how many columns the loop itself has appended, as the draft of assisted decoding. It needs the
-                logits of these and of the token before them, so they come in one chunk.
+        Of the columns, the loop itself has appended so many `new_columns`, as the draft of assisted decoding. It needs
+        the logits of these and of the token before them, so they come in one chunk.
         """
         stream, length = self.stream, new_tokens(inputs).shape[1]
         # What a template may leave out later comes in one update, to be taken back then.
@@ -5641,14 +5527,13 @@ class StreamedCall:
 
     def _keep_prompt(self) -> None:
         """Keep the conversation if this is where its prompt is kept."""
-        if self.kept_at is not None and self.kept_at == self.stream.seen:
+        if self.kept_at == self.stream.seen:
+            self.kept_at = None
             self._keep()
 
     def _keep(self) -> None:
         """Keep the conversation as it is now."""
-        self.kept_at = None
-        stream = self.stream
-        self.keeper.keep(stream, stream.transcript.ids[:, : stream.seen])
+        self.keeper.keep(self.stream, self.stream.transcript.ids[:, : self.stream.seen])
 
     def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As ever, but what would grow with the stream is cut to the last token: the cache knows of those before."""
@@ -5661,7 +5546,7 @@ class StreamedCall:
             self._run_as(self.model)
             self.stream.ahead = self.stream.axes = self.handed = None
         kwargs.pop("attention_mask", None)
-        growing = {name: kwargs[name] for name in GROWING_INPUTS if kwargs.get(name) is not None}
+        growing = {name: kwargs[name] for name in ("position_ids", *TOKEN_TYPES) if kwargs.get(name) is not None}
         return kwargs | {name: entries[..., -1:] for name, entries in growing.items()}
 
 
@@ -5724,11 +5609,8 @@ class SyncedCall(StreamedCall):
 class Drafter:
     """The assistant of assisted decoding, which drafts in a stream of its own, as long as that of the model.
 
-    Args:
-        assistant: what drafts.
-        window: of the model's stream.
-        depth: how many of its first layers draft, if the assistant is the model itself, which exits early.
-        runs_on: the model `with_its_own_depth`, then.
+    If that is the model itself, which exits early, so many of its first layers draft (`depth`), and the stream runs on
+    the model `with_its_own_depth`.
     """
 
     def __init__(
@@ -5794,8 +5676,8 @@ class Drafter:
         most = min(max_new_tokens, max(cache.window_length - 1, 1))  # what can be taken back
         if kwargs.get("min_new_tokens") is not None:
             kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], most)
-        kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most)
-        kwargs["generation_config"] = copied_with(kwargs["generation_config"], **SERVED)
+        config = copied_with(kwargs["generation_config"], **SERVED)
+        kwargs |= dict(input_ids=input_ids, attention_mask=mask, max_new_tokens=most, generation_config=config)
         output = StreamedCall(self.runs_on, cache).decode(type(self.runs_on).generate, kwargs)
         setattr(output, CACHE, None)  # transformers would crop it by its own count
         return output
@@ -5838,8 +5720,7 @@ def generate(
     with layers other than sink layers, with ALiBi, with flash attention, or for a model that can't be one graph.
 
     Args:
-        args: by hand, `model` and the arguments after it. Where `model` comes by name, what the `generate` of its class
-            takes by position.
+        args: by hand, `model` and the arguments after it; else what the `generate` of the model's class takes.
         model: a decoder-only model with relative positions (RoPE in at least some layers, recurrent states, or ALiBi).
             It may be in a wrapper of `torch.compile` or peft.
         window_length (`int`, defaults to that of the generation config, or 256): the most tokens kept in the cache,
@@ -5856,14 +5737,11 @@ def generate(
         kwargs: all that `model.generate` takes. These have a meaning of their own:
             cache (`SinkCache`), or by its older name `past_key_values`: continue in this cache. It has a window
                 already, so another `window_length` is an error. Pass the whole conversation as `input_ids`, or only its
-                new tokens and the `attention_mask` of all. A new, unbound cache is bound to `model`. No other call may
-                use the cache until this one ends. Pass all images or the like of the conversation, or those of new
-                tokens alone.
+                new tokens and the `attention_mask` of all; and all its images or the like, or those of new tokens. A
+                new, unbound cache is bound to `model`. No other call may use the cache until this one ends.
             prefill_chunk_size (`int`): the most tokens of a prompt in one forward pass. It changes time and memory, and
-                no tokens. By default, the part of a prompt that the window holds goes in at once. The rest goes in by
-                chunks of `3/4 * window_length / num_sink_tokens` tokens, at most 256: attention sees a copy of the
-                sinks for each token of a chunk, so that these copies take three quarters of a window. With ALiBi, the
-                rest goes in token by token.
+                no tokens. By default, the part of a prompt that the window holds goes in at once, and the rest by
+                chunks of `3/4 * window_length / num_sink_tokens` tokens, at most 256; with ALiBi, token by token.
             assistant_model, prompt_lookup_num_tokens, assistant_early_exit: decode with drafts (arXiv:2211.17192). An
                 assistant drafts in a window of its own, as long as the model's.
 
@@ -5889,15 +5767,7 @@ def generate(
 def _generate_by_name(
     model: Any, progress: bool, window: dict[str, Any], keeping: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
-    """`generate`, when all its arguments have names.
-
-    Args:
-        model: its `model`, still in its wrappers.
-        progress: its `prefill_progress`.
-        window: its arguments about the window.
-        keeping: its arguments about conversations that are kept.
-        kwargs: all others.
-    """
+    """`generate`, when all its arguments have names: `window` and `keeping` have those about these, `kwargs` others."""
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(NEWER_NAME, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:
@@ -5935,13 +5805,10 @@ def _generate_by_name(
 
 
 def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: dict[str, Any], **settings) -> Any:
-    """`generate` in a cache that is in use by this call alone.
+    """`generate` of a model without wrappers, in a cache that is in use by this call alone, bound or not.
 
     Args:
-        model: the model, without wrappers.
-        loop: the `generate` that the stream goes on in, not bound to the model.
-        cache: a `SinkCache`, bound or not.
-        kwargs: what `loop` takes.
+        loop: the `generate` that the stream goes on in, not bound to the model. It takes `kwargs`.
         settings: of the `StreamedCall`.
     """
     if cache.is_bound:
@@ -5973,11 +5840,8 @@ def _generate_behind(model: PreTrainedModel) -> Callable:
 
     A class may have a `generate` of its own, which calls that of the class behind it, and at last that of transformers.
     Where `custom_generate`, or such a `generate` by itself, led here, those on the stack have begun, and the one behind
-    them follows. By hand, and where this file came with the model, none has begun, and the first of all follows. A
-    `generate` that is set on the model alone is passed over: it may be what holds this function.
-
-    Returns:
-        The function, not bound to the model.
+    them follows. By hand, and where this file came with the model, the first of all follows. What is set on the model
+    alone is passed over: it may hold this function. The `generate` that is returned is not bound to the model.
     """
     bases = type(model).__mro__
     bases = bases[: bases.index(transformers.GenerationMixin) + 1]  # whose `generate` calls nothing behind it
@@ -6011,11 +5875,7 @@ def _part_that_generates(model: PreTrainedModel, loop: Callable) -> Optional[str
 def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: dict[str, Any]) -> Any:
     """Run `loop`, the model's own `generate`, and stream in its `part`, as by the argument `custom_generate`.
 
-    Args:
-        model: the model.
-        part: see `_part_that_generates`.
-        loop: not bound to the model.
-        kwargs: of `generate`, which `loop` hands on to that of the part. Those that are None are left out.
+    The `loop` hands `kwargs`, but for those that are None, on to the `generate` of the part.
     """
     stand_in, inner = shared(model), shared(model._modules[part])
 
@@ -6029,17 +5889,12 @@ def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: 
 
 def _first_argument(frame: Any) -> Any:
     """The first argument that the function of a frame was called with; None if it takes none."""
-    names = frame.f_code.co_varnames
-    value = frame.f_locals.get(names[0]) if names else None
+    value = next((frame.f_locals.get(name) for name in frame.f_code.co_varnames), None)
     return value[0] if isinstance(value, tuple) and value else value
 
 
 def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of `generate` by name.
-
-    Args:
-        args: those that were passed by position.
-        kwargs: those that were passed by name, and the defaults of the others.
+    """All arguments of a call of `generate` by name: `args` came by position, and `kwargs` have the defaults too.
 
     Raises:
         TypeError: there are too many `args`, or one of them also came by name; or transformers calls this function as a

@@ -105,7 +105,7 @@ def test_metadata_of_junk(text, conversation, tmp_path):
     model, whole = conversation
     path = tmp_path / "junk"
     write(path, text, read(whole)[1])
-    refuses(path, model, "its metadata is no JSON|its metadata is no state of a `SinkCache` with a version")
+    refuses(path, model, "its metadata is no state of a `SinkCache`: |its format has version None")
 
 
 def test_a_file_that_was_cut_or_has_other_bytes(conversation, tmp_path):
@@ -130,7 +130,7 @@ def test_a_file_of_a_newer_format(conversation, tmp_path):
     assert state["version"] == FORMAT_VERSION
     # It may have other fields and tensors, too.
     write(path, {"version": FORMAT_VERSION + 1, "columns": 40}, {"states": tensors["keys.0"]})
-    refuses(path, model, f"version {FORMAT_VERSION + 1}, newer than the version {FORMAT_VERSION} that is known here")
+    refuses(path, model, f"version {FORMAT_VERSION + 1}, and those from 1 to {FORMAT_VERSION} are known here")
 
 
 def next_tokens(model, cache):
@@ -146,7 +146,7 @@ def test_a_file_from_before_there_were_versions(conversation, tmp_path):
     model, whole = conversation
     path, (state, tensors) = tmp_path / "older", read(whole)
     write(path, {name: value for name, value in state.items() if name not in ("version", "checksum")}, tensors)
-    refuses(path, model, "Files from before version 1.0.0 have none, and are no longer loaded")
+    refuses(path, model, "its format has version None, and those from 1 to . are known here. Load it with")
 
 
 def test_a_file_of_version_1(conversation, tmp_path):
