@@ -61,7 +61,6 @@ import safetensors.torch
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 __version__ = "1.0.0"
 
@@ -540,9 +539,6 @@ CAN_COMPILE = RELEASE < (5, 2) or TORCH >= (2, 7)
 
 # What `Cache.crop` calls its argument: how many tokens stay ("max_length") or, in newer releases, minus how many go.
 CROP_ARGUMENT = list(inspect.signature(DynamicCache.crop).parameters)[1]
-
-# 5.0 itself forgets to pass this argument in early exits, so they fail.
-EARLY_EXITS_FAIL = "is_first_iteration" in inspect.signature(AssistedCandidateGenerator.get_candidates).parameters
 
 # The method by which `generate`, from 5.3 on, makes positions before its loop.
 MAKES_POSITIONS = tuple(vars(transformers.GenerationMixin).keys() & {"_prepare_position_ids_for_generation"})
@@ -2159,17 +2155,13 @@ def _read_rotations(model: PreTrainedModel) -> Optional[ModelTraits]:
     The model is run on single tokens, at position 0 and again `distance` positions later. A token alone attends to
     itself, whatever its position. So with relative positions the runs differ in the rotation of the keys and in nothing
     else. Each layer gets the rotation, among those that the model's own tensors suggest, that takes the first run's
-    keys to the second's. More runs of a few tokens tell whether all that the model does is relative, and how it keeps
-    its states, if it does.
+    keys to the second's. More runs of a few tokens tell whether all that the model does is relative.
     """
     # Far enough that scaled frequencies, which differ in the slow pairs only, are told apart.
     distance = min(trained_length(model.config) or 1024, 1024) - 1
     before, after, rounding, logits, changed, allowed = _compare_at(model, distance)
     tolerance = _tolerance(distance, rounding)
-    possible = functools.cache(lambda tensor, head_dim: list(_candidates(model, head_dim, tensor)))
-    fits = _fit_rotations(
-        before, after, distance, lambda _, name, head_dim: possible(name.removeprefix("indexer_"), head_dim)
-    )
+    fits = _fit_rotations(model, before, after, distance)
     for layer_idx, (left, found) in enumerate(fits):
         if {"keys", "values"} <= found.keys() or left > tolerance:
             raise _unreadable(
@@ -2277,7 +2269,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
 def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
     """`read_further` of a model that takes positions; `limit` is what would avoid an error, or empty."""
     before, after, rounding, _, changed, allowed = _compare_at(model, reach, limit)
-    fits = _fit_known_rotations(before, after, reach, traits.rotations)
+    fits = _fit_rotations(model, before, after, reach, traits.rotations)
     for layer_idx, (left, found) in enumerate(fits):
         known = [rotation for rotation in traits.rotations[layer_idx] if rotation is not None]
         if left > _tolerance(reach, rounding) or len(found) != len(known):
@@ -2313,45 +2305,34 @@ def _tolerance(distance: int, rounding: float) -> float:
 
 
 def _fit_rotations(
-    before: list[dict[str, torch.Tensor]],
-    after: list[dict[str, torch.Tensor]],
-    distance: int,
-    candidates: Callable[[int, str, int], list[Optional[Rotation]]],
+    model: PreTrainedModel, before: list[dict], after: list[dict], distance: int, known: Optional[list[tuple]] = None
 ) -> list[tuple[float, dict[str, Rotation]]]:
     """Which rotations take what layers cache of single tokens `before` to that of `after`, `distance` positions later.
 
-    Args:
-        candidates: the rotations to try, for the index of a layer, the name of a tensor and its last dimension.
+    Only those that are `known`, as in `ModelTraits`, are tried if these are given.
 
     Returns:
         For each layer, the most that is left of the difference of a tensor, as a part of its length; and the rotations
         by the name of the tensor that they rotate.
     """
+    possible = functools.cache(lambda tensor, head_dim: list(_candidates(model, head_dim, tensor)))
     found = []
     for layer_idx, (first, second) in enumerate(zip(before, after)):
-        fits = {
-            name: _fit_rotation(
-                states.cpu(), second[name].cpu(), distance, candidates(layer_idx, name, states.shape[-1])
-            )
-            for name, states in first.items()
-        }
-        rotations = {name: rotation for name, (_, rotation) in fits.items() if rotation is not None}
-        found.append((max((left for left, _ in fits.values()), default=0.0), rotations))
+        most, rotations = 0.0, {}
+        for name, states in first.items():
+            tensor = name.removeprefix("indexer_")
+            candidates = possible(tensor, states.shape[-1]) if known is None else [known[layer_idx][tensor != name]]
+            candidates = [each for each in candidates if each is not None and each.tensor == tensor]
+            left, rotation = _fit_rotation(states.cpu(), second[name].cpu(), distance, candidates)
+            most = max(most, left)
+            if rotation is not None:
+                rotations[name] = rotation
+        found.append((most, rotations))
     return found
 
 
-def _fit_known_rotations(before: list[dict], after: list[dict], distance: int, known: list[tuple]) -> list[tuple]:
-    """The same where only the rotations that are `known` of a layer can be right, as in `ModelTraits`."""
-
-    def candidates(layer_idx: int, name: str, head_dim: int) -> list[Optional[Rotation]]:
-        own, index = known[layer_idx]
-        return [index if name == "indexer_keys" else own if own is not None and own.tensor == name else None]
-
-    return _fit_rotations(before, after, distance, candidates)
-
-
 def _fit_rotation(
-    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Optional[Rotation]]
+    before: torch.Tensor, after: torch.Tensor, distance: int, candidates: list[Rotation]
 ) -> tuple[float, Optional[Rotation]]:
     """The rotation by `distance` that takes `before` nearest to `after`: `[batch, kv_heads, 1, head_dim]` both.
 
@@ -2424,13 +2405,10 @@ def _run(
     cache: Optional[DynamicCache] = None,
     **kwargs: Any,
 ) -> tuple[Any, DynamicCache]:
-    """Run the model on `tokens` (int64 `[rows, length]`), and return its output and the cache.
+    """Run the model on `tokens` (int64 `[rows, length]`), and return its output and the cache, a new one or the given.
 
-    It always has a cache, because without one it takes positions above 0 for those of several texts in a row.
-
-    Args:
-        start: the position of the first token; None to give no positions.
-        cache: the one to go on in; None for a new one.
+    It always has a cache, because without one it takes positions above 0 for those of several texts in a row. The first
+    token has position `start`; if that is None, no positions are given.
     """
     cache = default_cache(model.config) if cache is None else cache
     if start is not None:
@@ -2675,7 +2653,7 @@ def _rotates_by_axes(model: PreTrainedModel, rotations: list[tuple], rounding: f
             if is_of_machine(error):
                 raise
             continue  # it has another number of them
-        fits = _fit_known_rotations(*map(keys_and_values, runs), distance, rotations)
+        fits = _fit_rotations(model, *map(keys_and_values, runs), distance, rotations)
         return all(left <= _tolerance(distance, rounding) for left, _ in fits)
     return False
 
@@ -2795,10 +2773,7 @@ def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -
 
 
 def _asked_for(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """What a call asks of the cache, by an argument or a `generation_config`; None if the model's files say the same.
-
-    Files say such things without a stream in mind: training with gradient checkpointing leaves `use_cache: false`.
-    """
+    """What a call asks of the cache; None if the model's files say the same, as training leaves `use_cache: false`."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     asked = getattr(kwargs.get("generation_config"), name, None)
@@ -2998,11 +2973,6 @@ def refuse_assistance(model: PreTrainedModel, stream: Any, kwargs: dict[str, Any
         raise ValueError(
             f"`{name}` can't be used in a stream: its layers draft from what the model made of all tokens, in a cache "
             "of their own that grows with them. Use `prompt_lookup_num_tokens` or an `assistant_model`."
-        )
-    if name == "assistant_early_exit" and EARLY_EXITS_FAIL:
-        raise ValueError(
-            f"`{name}` fails in transformers {transformers.__version__} with any cache: an argument is left out there. "
-            "Update transformers, or use `prompt_lookup_num_tokens` or an `assistant_model`."
         )
     if kwargs.get("assistant_tokenizer") is not None and resolve_setting(model, kwargs, "do_sample"):
         raise ValueError(
@@ -3216,15 +3186,11 @@ def is_token(start: int, stop: int, pads: list[int], device: torch.device) -> to
 
 
 def digest_of(ids: torch.Tensor, first: int, pads: list[int]) -> torch.Tensor:
-    """A number for each row that others hardly have: int64 `[batch]`.
+    """A number for each row, int64 `[batch]`, that hardly any others have than these `ids` from column `first` on.
 
     It is the sum, modulo 2**64, of a number for each token, made of its id and its column by the multiplications and
     shifts of SplitMix64. So digests of neighbouring columns add up to that of all, and nothing waits for the device.
-
-    Args:
-        ids: int64 `[batch, columns]`.
-        first: the column of the first of them.
-        pads: of `Stream`. Padding counts nothing.
+    Padding (`pads` of `Stream`) counts nothing.
     """
     digest = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     for number, block in enumerate(ids.split(2**16, dim=1)):  # which the processor's cache holds
@@ -3254,11 +3220,9 @@ class SeenMedia:
 
     @staticmethod
     def all_in(embeddings: torch.Tensor, of_ids: torch.Tensor, start: int) -> "list[SeenMedia]":
-        """Those of a prompt from column `start` on.
+        """Those of a prompt from column `start` on, which has these `embeddings` instead of those `of_ids`.
 
-        Args:
-            embeddings: `[batch, length, hidden size]`, what the decoder gets.
-            of_ids: the same as the ids alone give it.
+        Both are `[batch, length, hidden size]`.
         """
         differ = (embeddings != of_ids).any(-1)
         columns = differ.any(0).nonzero().flatten().tolist()
@@ -3347,9 +3311,8 @@ class Ahead:
 class CompiledSteps:
     """Single tokens that go in by compiled code, one after another: what such a step is given.
 
-    Attributes:
-        mask: additive, `[rows, 1, 1, window.length]`, which hides the slots that are not filled yet. It is given also
-            when all are filled: without a mask, the code would be another. None before the first step.
+    The additive `mask`, `[rows, 1, 1, window.length]`, hides the slots that are not filled yet. It is given also when
+    all are filled: without a mask, the code would be another. It is None before the first step.
     """
 
     def __init__(self):
@@ -4124,8 +4087,6 @@ class UnboundLayers:
 # of the state and all tensors, so that any damage shows.
 FORMAT_VERSION = 3
 
-MOST_HEADER = 10**8  # bytes, by the format of safetensors
-
 OTHER_MODEL = (
     "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
     "the model that it was held with."
@@ -4248,7 +4209,7 @@ def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tenso
         # By hand, because safetensors opens a file several times, and `save` may replace it in between.
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < MOST_HEADER else None
+            header = json.loads(file.read(length)) if length < 10**8 else None  # by the format of safetensors
             if not isinstance(header, dict) or "sink_cache" not in header.get("__metadata__", {}):
                 raise ValueError("its metadata has no entry `sink_cache`")
             file.seek(0)
@@ -4354,19 +4315,7 @@ class KeptConversations:
 
     def __init__(self):
         self.conversations: list[Conversation] = []
-        self._changing = threading.Lock()
-
-    def put(self, conversation: Conversation, before: Optional[Conversation], number: int) -> None:
-        """Add a conversation, and keep the `number` of the latest.
-
-        The one `before`, in which the call went on, is dropped if the new one begins with all of its prompt. Else the
-        two may be different ones that begin alike.
-        """
-        with self._changing:
-            kept = [other for other in self.conversations if other is not before]
-            if before in self.conversations and conversation.common_length(before.ids) < before.snapshots[0].seen:
-                kept = [before, *kept]
-            self.conversations = [*kept, conversation][-number:]
+        self.changing = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -4438,7 +4387,13 @@ class Keeper:
         if not self.snapshots or self.snapshots[-1].seen < stream.seen:
             self.snapshots = [*self.snapshots, stream.copied(self.on_cpu)][-2:]
         conversation = Conversation(ids.to("cpu", torch.int32, copy=True), self.basis, self.snapshots)
-        self.kept.put(conversation, self.before, self.number)
+        before, kept = self.before, self.kept
+        with kept.changing:
+            others = [other for other in kept.conversations if other is not before]
+            # One that does not begin with all of its prompt may be another that began alike, for which there is room.
+            if before in kept.conversations and conversation.common_length(before.ids) < before.snapshots[0].seen:
+                others = [before, *others]
+            kept.conversations = [*others, conversation][-self.number :]
         self.before = conversation
 
 
@@ -4522,8 +4477,7 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Forget all tokens. A bound cache stays bound.
 
-        Raises:
-            ValueError: a call of `generate` in another thread uses the cache. All methods that change it raise this.
+        Like all methods that change the cache, it raises ValueError if a call of `generate` in another thread uses it.
         """
         self._refuse_other_thread()
         self.held = self.held.renewed()
@@ -4718,8 +4672,7 @@ class SinkCache(Cache):
     def get_max_length(self, *args, **kwargs) -> Optional[int]:
         """The most tokens kept: `window_length`.
 
-        A model that brings code of its own is told that there is no limit, as by transformers' default cache. Such code
-        would crop the mask to a limit, and count positions in what is left.
+        A model that brings code of its own is told that there is no limit: it would crop the mask to one.
         """
         return NO_LIMIT if self.is_bound and self.held.traits.brings_code else self.window_length
 
@@ -4991,16 +4944,14 @@ def chunks_of_prompt(
                 f"`input_ids` have {number} tokens that come at once, as some see later ones, like those of an image. "
                 f"This model can take {most}. Pass a smaller image."
             )
-    if not (takes_masks or ordered) and len(chunks) > 1:
-        _logger.warning_once(
-            "Past the window this prompt goes in token by token: the model's `attn_implementation`, flash attention, "
-            'takes no mask. Load the model with "sdpa" to have it go in faster.'
+    if length > fits and len(chunks) > 1 and (ordered or not takes_masks):
+        reason = (
+            "the model knows the order of tokens by the columns of its cache, which are others for each token. Choose "
+            "a longer `window_length`"
+            if ordered
+            else 'the model\'s `attn_implementation`, flash attention, takes no mask. Load the model with "sdpa"'
         )
-    if ordered and length > fits and len(chunks) > 1:
-        _logger.warning_once(
-            "Past the window this prompt goes in token by token: the model knows the order of tokens by the columns of "
-            "its cache, which are others for each token. Choose a longer `window_length` to have it go in faster."
-        )
+        _logger.warning_once(f"Past the window this prompt goes in token by token: {reason} to have it go in faster.")
     return chunks
 
 
@@ -5023,23 +4974,6 @@ class Phase(enum.Enum):
     PROMPT = "it prepares its prompt next"
     DECODE = "it has read its prompt, and generates"
     IDLE = "it has generated all, and runs passes that other processes wait for"
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """The conversation as the decoding loop got it.
-
-    Args:
-        columns: how many it has.
-        columns_not_passed: how many of the first of them `input_ids` leave out.
-        mask_given: whether its mask was given with it.
-        embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
-    """
-
-    columns: int = 0
-    columns_not_passed: int = 0
-    mask_given: bool = False
-    embeddings: Optional[torch.Tensor] = None
 
 
 class _Caught(Exception):
@@ -5130,7 +5064,10 @@ class StreamedCall:
         stand_in: what the decoding loop runs on.
         takes_cache_as: by which name the model takes the cache to prepare its inputs.
         phase: what the loop is at.
-        prompt: what it got.
+        columns: how many columns the conversation has that it got.
+        columns_not_passed: how many of the first of them `input_ids` leave out.
+        mask_given: whether its mask was given with it.
+        embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
         arguments: what the loop got, of a prompt with images or the like whose positions the model makes before it.
         handed: what the decoder is given of the prompt in place of what its tokens alone would be; None if nothing is.
         kept_at: after how many columns the conversation is kept next; None if it isn't.
@@ -5171,10 +5108,14 @@ class StreamedCall:
             ours = functools.partial(getattr(self, name))
             vars(self.stand_in)[name] = functools.update_wrapper(ours, getattr(model, name))
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
-        self.phase, self.prompt, self.handed, self.arguments = Phase.BEFORE, Prompt(), None, None
+        self.phase, self.handed, self.arguments = Phase.BEFORE, None, None
+        self.columns, self.columns_not_passed, self.mask_given, self.embeddings = 0, 0, False, None
         self.uncompiled = uncompiled_code(model)
-        compiled = any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
-        self.compiles = not assisted and self._can_step_in_tensors and compiled
+        self.compiles = (
+            not assisted
+            and self._can_step_in_tensors
+            and any("_orig_mod" in module._modules or uncompiled_code(module) for module in modules_of(model))
+        )
 
     @property
     def stream(self) -> Stream:
@@ -5216,12 +5157,11 @@ class StreamedCall:
         """As ever. It is the first to see what the loop was given, by a `generate` of the model's own perhaps."""
         if model_kwargs.get(CACHE) is self.cache:
             given, stream = {"inputs": inputs} | model_kwargs, self.stream
-            columns, columns_not_passed, _ = prompt_columns(given)
+            self.columns, self.columns_not_passed, _ = prompt_columns(given)
             end = stream.end_in_common(given)
             if end < stream.seen:
                 stream.take_back(end)
-            mask_given = given.get("attention_mask") is not None
-            self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"))
+            self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
             self.phase = Phase.PROMPT
             if stream.seen > 0 or not is_known_by_ids(model_kwargs):
                 self.keeper = None
@@ -5295,16 +5235,16 @@ class StreamedCall:
 
     def _inputs_of_prompt(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The same for a prompt: the inputs of its last chunk, after the model was run on those before."""
-        pads = left_padding(kwargs.get("attention_mask"), self.prompt.mask_given)
+        pads = left_padding(kwargs.get("attention_mask"), self.mask_given)
         self._compile_step(False)
         media = media_inputs(kwargs)
         around = [*media, *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
         handed = self._handed_down(input_ids, args, kwargs) if media else None
-        seen = handed.media(self.model, input_ids) if media and self.prompt.embeddings is None else []
+        seen = handed.media(self.model, input_ids) if media and self.embeddings is None else []
         if handed is not None and handed.unknown:
             self.keeper = None
         if self.keeper is not None:
-            most = self.prompt.columns - 1
+            most = self.columns - 1
             self.cache.held = self.keeper.resume(self.stream, input_ids, seen, pads, most)
         stream, end = self.stream, self._end_of(input_ids)
         new = end - stream.seen
@@ -5317,14 +5257,14 @@ class StreamedCall:
             handed = self._handed_down_of_text(input_ids, args, kwargs)
         if handed is not None:
             self._take_down(handed)
-        if self.prompt.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
-            embeddings = self.prompt.embeddings[:, -new:]
+        if self.embeddings is not None:  # 5.x cuts off what was seen, of new ones alone too
+            embeddings = self.embeddings[:, -new:]
             repeats = len(kwargs["inputs_embeds"]) // len(embeddings)
             kwargs["inputs_embeds"] = embeddings.repeat_interleave(repeats, dim=0)
             kwargs["next_sequence_length"] = new
         kwargs = {name: value for name, value in kwargs.items() if name not in around}
         inputs = self._own_inputs(input_ids, args, kwargs)
-        inputs = self._last_chunk(inputs, new_columns=end - self.prompt.columns)
+        inputs = self._last_chunk(inputs, new_columns=end - self.columns)
         return inputs_for_step(stream, self.stand_in, inputs, Caller.GENERATE)
 
     def _handed_down(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> HandedDown:
@@ -5333,7 +5273,7 @@ class StreamedCall:
         They are run on all that was passed, by which images of before are known again. If they fail on that, only the
         images of new tokens may have been passed, and they are run on these.
         """
-        seen, first = self.stream.seen, self.prompt.columns_not_passed
+        seen, first = self.stream.seen, self.columns_not_passed
         try:
             handed = self._caught(input_ids, first, args, kwargs)
         except ValueError:
@@ -5404,9 +5344,9 @@ class StreamedCall:
         """What the decoder is handed down for the columns from `start` on, as of a prompt without a cache or a mask.
 
         Args:
-            input_ids: those from `Prompt.columns_not_passed` on.
+            input_ids: those from `columns_not_passed` on.
         """
-        ids = input_ids[:, start - self.prompt.columns_not_passed :]
+        ids = input_ids[:, start - self.columns_not_passed :]
         left = (CACHE, "attention_mask", "position_ids", "next_sequence_length")
         kwargs = {name: value for name, value in kwargs.items() if name not in left}
         kwargs = slice_inputs(kwargs, slice(-ids.shape[1], None))
@@ -5439,7 +5379,7 @@ class StreamedCall:
         if self.arguments is None:
             return None
         given = self.arguments
-        rows, first = len(prompt_ids(given)), start - self.prompt.columns_not_passed
+        rows, first = len(prompt_ids(given)), start - self.columns_not_passed
         passed = prompt_ids(given)[:, first:]
         given = {name: value for name, value in given.items() if name not in (CACHE, "inputs", "input_ids")}
         given = slice_inputs(given, slice(-passed.shape[1], None)) | {"attention_mask": torch.ones_like(passed)}
@@ -5461,12 +5401,12 @@ class StreamedCall:
 
     def _end_of(self, input_ids: torch.Tensor) -> int:
         """The column after `input_ids`, `[batch, length]`, which are all that the loop has."""
-        return self.prompt.columns_not_passed + input_ids.shape[1]
+        return self.columns_not_passed + input_ids.shape[1]
 
     def _own_inputs(self, input_ids: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own method makes of its arguments, for the new columns only, with the cache."""
         stream, start, end = self.stream, self.stream.seen, self._end_of(input_ids)
-        stream.transcript = stream.transcript.with_ids(input_ids, self.prompt.columns_not_passed)
+        stream.transcript = stream.transcript.with_ids(input_ids, self.columns_not_passed)
         set_columns(kwargs, start, end, input_ids.device)
         kwargs[self.takes_cache_as] = kwargs.pop(CACHE)
         inputs = self.model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -5493,7 +5433,7 @@ class StreamedCall:
         together = 0 if self.keeper is None else ANSWER_PREFIX
         chunks = chunks_of_prompt(stream, length, takes_masks(self.model), self.chunk_size, new_columns + 1, together)
         if self.keeper is not None:
-            self.kept_at = self.prompt.columns
+            self.kept_at = self.columns
             if stream.traits.continues_states and (self.assisted or not stream.can_take_back):
                 # It can't be taken back, so the prompt is kept before it.
                 self.kept_at = stream.latest_end(self.kept_at - ANSWER_PREFIX)
@@ -5695,9 +5635,6 @@ def with_its_own_depth(model: PreTrainedModel) -> PreTrainedModel:
 # ---------------------------------------------------------------------------------------------------------------------
 # generate
 # ---------------------------------------------------------------------------------------------------------------------
-
-# What `generate` takes by position if it is called by hand.
-OWN_ARGUMENTS = ("model", "window_length", "num_sink_tokens", "prefill_progress")
 
 
 def generate(
@@ -5901,7 +5838,10 @@ def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
             decoding loop, because it was passed as `custom_generate`.
     """
     if kwargs["model"] is not None:
-        names = _positional_names(type(unwrapped(kwargs["model"])))
+        # Those of its own `generate`, or of transformers' if that takes `*args`.
+        functions = type(unwrapped(kwargs["model"])).generate, transformers.GenerationMixin.generate
+        takes = [inspect.getfullargspec(inspect.unwrap(function)) for function in functions]
+        names = next(each.args[1:] for each in takes if each.varargs is None)
     elif len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].dim() > 0:
         raise TypeError(
             "`custom_generate` must be the name or the folder of this repository, not its function `generate`: "
@@ -5909,7 +5849,7 @@ def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
             "the function by hand with the prompt by name, `generate(model, window_length, input_ids=...)`."
         )
     else:
-        names = OWN_ARGUMENTS
+        names = ("model", "window_length", "num_sink_tokens", "prefill_progress")
     if len(args) > len(names):
         raise TypeError(f"`generate` takes {len(names)} arguments by position ({', '.join(names)}), got {len(args)}.")
     named = dict(zip(names, args))
@@ -5917,10 +5857,3 @@ def _by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise TypeError(f"`{name}` was given twice, by position and by name. Leave one of them out.")
     return kwargs | named
-
-
-def _positional_names(model_class: type) -> list[str]:
-    """The arguments that `generate` of the class takes by position, or transformers' own if it takes `*args`."""
-    functions = model_class.generate, transformers.GenerationMixin.generate
-    takes = [inspect.getfullargspec(inspect.unwrap(function)) for function in functions]
-    return next(each.args[1:] for each in takes if each.varargs is None)

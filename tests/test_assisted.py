@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from custom_generate.generate import CACHE, EARLY_EXITS_FAIL, SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import RELEASE, SMALL, at_the_ends, prompt, seeded, small_model
 from tests.support.oracle import difference, oracle
 
+EARLY_EXITS_FAIL = Version("5.0") <= RELEASE < Version("5.1")  # an argument is left out there
 EOS = 210  # until 4.52 prompt lookup asks for one
 NEW_TOKENS = 60
 
@@ -224,12 +225,6 @@ def test_an_assistant_s_memory_is_a_window_too(do_sample):
     settled = passes.sizes[len(passes.sizes) // 5 :]
     window = 2 * 16 * 2 * 16 * 2 * 4  # layers, tokens, heads, dimensions, keys and values, bytes
     assert len(settled) > 40 and min(settled) >= window and max(settled) <= 2.5 * window
-
-
-@pytest.mark.skipif(not EARLY_EXITS_FAIL, reason="early exits work in this release")
-def test_early_exits_that_transformers_can_not_do_are_refused():
-    with pytest.raises(ValueError, match="`assistant_early_exit` fails in transformers 5.0.*prompt_lookup_num_tokens"):
-        said(target(), prompt(30), assistant_early_exit=1)
 
 
 @pytest.mark.skipif(EARLY_EXITS_FAIL, reason="early exits fail in transformers 5.0")
