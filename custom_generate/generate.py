@@ -333,9 +333,7 @@ class UpdatePlan:
     ) -> torch.Tensor:
         """The additive mask of a layer that is given the last `num_keys` columns: `[rows, 1, length, num_keys]`.
 
-        Args:
-            kind: that of the layer. In "chunked_attention" a token sees those of its chunk alone, of `reach` tokens.
-            reach: how many tokens a token sees, itself included.
+        A token sees `reach` tokens, itself included; in "chunked_attention" those of its chunk alone, of so many.
         """
         keys, new = self.tokens(self.length - num_keys, device)[:, None], self.tokens(0, device)[:, :, None]
         near = keys // reach == new // reach if kind == "chunked_attention" else keys > new - reach
@@ -345,9 +343,7 @@ class UpdatePlan:
     def _with_later(self, sees: torch.Tensor, kind: str, both_ways: bool = False) -> torch.Tensor:
         """`sees`, `[rows, length, keys]` with the new columns last, and which later ones each sees by `sees_until`.
 
-        Args:
-            kind: of layer.
-            both_ways: whether those see it too.
+        Where it is `both_ways`, those see it too. The `kind` is that of a layer.
         """
         until = self.sees_until.get(kind, self.sees_until.get(None))
         if until is None:
@@ -1417,8 +1413,7 @@ def trained_length(config: Any) -> Optional[int]:
     """
     config = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_target_positions", "original_max_position_embeddings", "max_seq_len")
-    names += ("floor_scale",)  # which scales queries
-    named = [getattr(config, name, None) for name in names]
+    named = [getattr(config, name, None) for name in (*names, "floor_scale")]  # the last is where queries are scaled
     named += [settings.get("original_max_position_embeddings") for settings in rope_parameters(config)]
     return min((int(length) for length in named if length), default=None)
 
@@ -1582,9 +1577,7 @@ def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple
     references = list(map(weakref.ref, itertools.chain(modules, classes)))
     # A weight that accelerate keeps elsewhere is another object each time it is needed.
     references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
-    values = [weight.dtype for weight in weights]
-    values += [weight.shape for weight in weights]
-    values += [weight.device for weight in weights]
+    values = [(weight.dtype, weight.shape, weight.device) for weight in weights]
     values += [weight._version for weight in weights if not weight.is_inference()]
     patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
     # 4.54 to 4.57 set a forward while they collect hidden states. Afterwards it is the method of the class again.
@@ -1597,8 +1590,6 @@ def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple
 
 class _Same(weakref.ref):
     """A reference that equals another one only while both are to the same object."""
-
-    __hash__ = None
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, _Same) and self() is not None and self() is other()
@@ -1909,19 +1900,15 @@ def cant_stream(model: PreTrainedModel, reason: str, limit: str = "") -> ValueEr
 def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
     """The model of transformers in the argument `name`, without a wrapper of `torch.compile` or peft.
 
-    Raises:
-        TypeError: there is none, or it does not generate.
-        ValueError: an adapter of peft can't be streamed.
+    It raises TypeError if there is none, or it does not generate; and ValueError if an adapter can't be streamed.
     """
     inner = getattr(model, "_orig_mod", model)
     if callable(getattr(inner, "get_base_model", None)):
         inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"`{name}` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
-    if not isinstance(inner, transformers.GenerationMixin):
+    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, transformers.GenerationMixin):
         raise TypeError(
-            f"`{name}` must be one that generates, got {type(inner).__name__}, which has no transformers `generate`: "
-            "load the model with its language modeling head."
+            f"`{name}` must be a transformers `PreTrainedModel` that generates, got {type(inner).__name__}. Load a "
+            "model with its language modeling head."
         )
     # While such a peft model generates, the model inside prepares its inputs by a method of the wrapper.
     for wrapper in (model, getattr(inner.prepare_inputs_for_generation, "__self__", None)):
@@ -1951,16 +1938,16 @@ def _refuse_adapters(model: PreTrainedModel) -> None:
         # An X-LoRA stands in no layer: it mixes those that do.
         if name not in active and not (active and kind == "XLORA"):
             continue
-        reason = None
+        reasons = {
+            "SHADOW": "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream",
+            "XLORA": "peft runs the model twice in each forward pass, with one cache",
+        }
+        reason = reasons.get(kind)
         if getattr(config, "alora_invocation_tokens", None):
             reason = (
                 "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
                 "once (`alora_invocation_tokens`), and a long prompt comes in parts"
             )
-        elif kind == "SHADOW":
-            reason = "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream"
-        elif kind == "XLORA":
-            reason = "peft runs the model twice in each forward pass, with one cache"
         if reason is not None:
             raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
 
@@ -3975,8 +3962,7 @@ class UnboundLayers:
         self.window, self.layers, self.seen = window, [], 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self._cos: Optional[torch.Tensor] = None
-        self._sin: Optional[torch.Tensor] = None
+        self._angles: Optional[torch.Tensor] = None  # cos and sin of the window's positions, [2, positions, rotary_dim]
         self._back: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def renewed(self) -> "UnboundLayers":
@@ -4038,17 +4024,16 @@ class UnboundLayers:
 
         They are `[1, length, rotary_dim]` for new tokens, or `[positions, rotary_dim]`, a table for the whole window.
         """
-        if cos.dim() == 2:
-            self._cos, self._sin = cos, sin
-        elif self._cos is None:
-            self._cos, self._sin = cos[0], sin[0]
-        elif self._cos.shape[0] < self.window.length:
-            self._cos, self._sin = torch.cat([self._cos, cos[0]]), torch.cat([self._sin, sin[0]])
+        angles = torch.stack([cos, sin] if cos.dim() == 2 else [cos[0], sin[0]])
+        if cos.dim() == 2 or self._angles is None:
+            self._angles = angles
+        elif self._angles.shape[1] < self.window.length:
+            self._angles = torch.cat([self._angles, angles], dim=1)
 
     def _move_back(self, keys: torch.Tensor, length: int, dtype: torch.dtype, cache_kwargs: dict) -> torch.Tensor:
         """`keys`, `[batch, kv_heads, kept, head_dim]`, rotated back by `length` positions; `dtype` is of the angles."""
         if length not in self._back:
-            cos, sin = self._cos[: self.window.length].float(), self._sin[: self.window.length].float()
+            cos, sin = self._angles[:, : self.window.length].float()
             here, there = slice(self.window.num_sinks + length, None), slice(self.window.num_sinks, -length)
             self._back[length] = (
                 (cos[here] * cos[there] + sin[here] * sin[there]).to(dtype)[None],

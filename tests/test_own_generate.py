@@ -245,7 +245,9 @@ def test_one_with_a_loop_of_its_own_is_no_stream():
 
 
 def test_a_model_that_has_none():
-    with pytest.raises(TypeError, match="`model` must be one that generates, got LlamaModel"):
+    with pytest.raises(
+        TypeError, match="`model` must be a transformers `PreTrainedModel` that generates, got LlamaModel. Load"
+    ):
         by_hand(built(LlamaForCausalLM).model, prompt(5), **SETTINGS)
 
 

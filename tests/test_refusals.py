@@ -424,7 +424,7 @@ def test_an_encoder_decoder():
 
 
 def test_no_model():
-    with pytest.raises(TypeError, match="`model` must be a transformers `PreTrainedModel`, got Linear"):
+    with pytest.raises(TypeError, match="`model` must be a transformers `PreTrainedModel` that generates, got Linear"):
         generate(torch.nn.Linear(1, 1), input_ids=prompt(5))
 
 
