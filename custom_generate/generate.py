@@ -1556,8 +1556,8 @@ class Stamp:
             len(references) == len(self._references)
             and all(map(operator.is_, references, self._references))
             and values == self._values
-            and list(map(_settings, modules, self.counters)) == self._settings
-            and list(map(_angles, modules)) == self._angles
+            and all(map(operator.eq, map(_settings, modules, self.counters), self._settings))
+            and all(map(operator.eq, map(_angles, modules), self._angles))
         )
 
     def leave_out_counters(self, model: PreTrainedModel) -> None:
@@ -4168,23 +4168,21 @@ def write_file(path: Union[str, os.PathLike], tensors: dict[str, torch.Tensor], 
             raise OSError(errno.EACCES, "it is write-protected")
         with open(written, "xb") as file:  # made here to learn the mode of a new file
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode if old is None else old.st_mode)
-        try:
-            os.chmod(written, mode)  # before it holds what others may not read
-            safetensors.torch.save_file(tensors, written, metadata)
-            with open(written, "rb+") as file:
-                os.fsync(file.fileno())
-            if old is not None and hasattr(os, "chown"):
-                for owner in ((old.st_uid, -1), (-1, old.st_gid)):
-                    with contextlib.suppress(OSError):  # not everyone may give files away
-                        os.chown(written, *owner)
-            os.chmod(written, mode)
-            os.replace(written, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(written)
-            raise
+        os.chmod(written, mode)  # before it holds what others may not read
+        safetensors.torch.save_file(tensors, written, metadata)
+        with open(written, "rb+") as file:
+            os.fsync(file.fileno())
+        if old is not None and hasattr(os, "chown"):
+            for owner in ((old.st_uid, -1), (-1, old.st_gid)):
+                with contextlib.suppress(OSError):  # not everyone may give files away
+                    os.chown(written, *owner)
+        os.chmod(written, mode)
+        os.replace(written, target)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"`path` can't be written, got {os.fspath(path)!r}: {error}") from error
+    finally:  # where it was not moved
+        with contextlib.suppress(OSError):
+            os.remove(written)
 
 
 def read_file(path: Union[str, os.PathLike]) -> tuple[str, dict[str, torch.Tensor]]:

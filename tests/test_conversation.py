@@ -261,13 +261,13 @@ def test_layers_that_are_in_several_places_now(moved):
 def test_saving_runs_the_model_only_if_it_was_changed(tmp_path, monkeypatch):
     # One process alone could not run a model whose weights are spread over several.
     model, cache, *_ = a_conversation()
-    read, runs = SinkCache.save.__globals__["read_fingerprint"], []
+    read, runs = SinkCache.save.__globals__["_fingerprint"], []
 
     def counted(*args):
         runs.append(args)
         return read(*args)
 
-    monkeypatch.setitem(SinkCache.save.__globals__, "read_fingerprint", counted)
+    monkeypatch.setitem(SinkCache.save.__globals__, "_fingerprint", counted)
     for copied in (cache, copy.deepcopy(cache)):
         copied.save(tmp_path / "conversation")
     assert runs == []
