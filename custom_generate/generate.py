@@ -12,8 +12,7 @@ The cache keeps the first `num_sink_tokens` tokens of a sequence, the sinks, and
     after token 10                              0  1    8  9 10  5  6  7
 
 Keys stay as the model rotated them. The sinks alone are rotated anew at each step, so that their positions are those
-directly before the oldest recent token. That is all: the rest of this file has models of any kind, batches, prompts of
-any length and the releases of transformers agree to it.
+directly before the oldest recent token. The rest makes this work for any model, batch, prompt length and release.
 
 Words, each with one meaning:
 
@@ -4272,26 +4271,6 @@ class Conversation:
         length = min(ids.shape[1], self.ids.shape[1])
         return first_difference(ids[:, :length], self.ids[:, :length])
 
-    def nearest(
-        self, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int
-    ) -> tuple[int, Optional[Stream]]:
-        """The column from which a prompt can go on in a snapshot, the latest there is, and that; or 0 and None.
-
-        Args:
-            ids: the prompt, int32 `[batch, columns]`.
-            media: the images or the like in it.
-            pads: `[rows]`, its columns of left padding.
-            most: the column from which it must be read at the latest.
-        """
-        if len(ids) != len(self.ids):
-            return 0, None
-        common = min(self.common_length(ids), most)
-        alike = [stream for stream in self.snapshots if stream.pads in (pads, pads * len(ids))]
-        ends = [(min(common, stream.seen, stream.end_of_common_media(media)), stream) for stream in alike]
-        ends = [(stream.latest_end(end), stream) for end, stream in ends]
-        possible = [(end, stream) for end, stream in ends if end == stream.seen or stream.can_end_at(end)]
-        return max(possible, key=lambda found: found[0], default=(0, None))
-
 
 class KeptConversations:
     """The conversations kept on one model, the least recently used first."""
@@ -4346,16 +4325,28 @@ class Keeper:
         self.before: Optional[Conversation] = None
 
     def resume(self, stream: Stream, ids: torch.Tensor, media: list[SeenMedia], pads: list[int], most: int) -> Stream:
-        """A copy of the kept stream that has seen the most of a prompt, or this new `stream` if none has.
+        """A copy of the kept stream in which a prompt has the fewest columns to read, else this new `stream`.
 
-        The arguments are of `Conversation.nearest`, but for `ids`, which are int64.
+        Args:
+            ids: the prompt, int64 `[batch, columns]`.
+            media: the images or the like in it.
+            pads: `[rows]`, its columns of left padding.
+            most: the column from which it must be read at the latest.
         """
         self.basis, ids = basis(self.model, stream), ids.to("cpu", torch.int32)
-        alike = [other for other in self.kept.conversations if other.basis == self.basis]
-        found = [(*conversation.nearest(ids, media, pads, most), conversation) for conversation in alike]
-        end, snapshot, conversation = max(found, key=lambda each: each[0], default=(0, None, None))
-        if snapshot is None:
+        found: list[tuple[int, Stream, Conversation]] = []
+        for conversation in self.kept.conversations:
+            if conversation.basis != self.basis or len(conversation.ids) != len(ids):
+                continue
+            common = min(conversation.common_length(ids), most)
+            for snapshot in conversation.snapshots:
+                end = snapshot.latest_end(min(common, snapshot.seen, snapshot.end_of_common_media(media)))
+                as_padded = snapshot.pads in (pads, pads * len(ids))
+                if as_padded and (end == snapshot.seen or snapshot.can_end_at(end)):
+                    found.append((end, snapshot, conversation))
+        if not found:
             return stream
+        end, snapshot, conversation = max(found, key=lambda each: each[0])
         self.before = conversation
         if end == snapshot.seen:
             self.snapshots = [snapshot]
@@ -4569,7 +4560,6 @@ class SinkCache(Cache):
         Args:
             key_states: `[batch, kv_heads, length, head_dim]`, rotated to their positions by the model.
             value_states: `[batch, kv_heads, length, value_head_dim]`.
-            layer_idx: the layer that they belong to.
             cache_kwargs: for an unbound cache only. `sin` and `cos` are `[window_length, rotary_dim]`, or
                 `[1, length, rotary_dim]` for the new tokens. `partial_rotation_size` is how many leading dimensions
                 rotate, if not all do.
@@ -4768,14 +4758,13 @@ class SinkCache(Cache):
         """Write the conversation to one safetensors file, from which `load` goes on in any process.
 
         An older file at `path` is replaced in one step, and the new one has its mode. So whatever ends this, `path`
-        holds the old conversation or the new one. A kill may leave an unfinished file `.sink_cache-*` beside it, which
-        nothing reads, or removes.
+        holds the old conversation or the new one. A kill may leave an unfinished file `.sink_cache-*` beside it.
 
         The model is run on a few tokens if it was changed since the last call of `generate` or `bind`. Where its
         weights are spread over processes, all of them must call this then.
 
         Raises:
-            ValueError: the cache is not bound, is empty, is in use by another thread, holds numbers that are not
+            ValueError: the cache is not bound, empty, or in use by another thread; or it holds numbers that are not
                 finite, or was left in the middle of a forward pass by an error.
             OSError: `path` can't be written.
         """
@@ -4807,10 +4796,8 @@ class SinkCache(Cache):
     def load(cls, path: Union[str, os.PathLike], model: PreTrainedModel) -> "SinkCache":
         """The cache that `save` wrote to `path`, bound to `model`.
 
-        Args:
-            path: the file.
-            model: the model that the conversation was held with. It is run on a few tokens, and nothing is changed on
-                it. Where its weights are spread over processes, all of them must call this.
+        The `model` is the one that the conversation was held with. It is run on a few tokens, and nothing is changed on
+        it. Where its weights are spread over processes, all of them must call this.
 
         Raises:
             ValueError: `path` is no such file, is damaged or has a newer format; or `model` is another one, or can't be
@@ -5798,11 +5785,7 @@ def _generate_inside(model: PreTrainedModel, part: str, loop: Callable, kwargs: 
     The `loop` hands `kwargs`, but for those that are None, on to the `generate` of the part.
     """
     stand_in, inner = shared(model), shared(model._modules[part])
-
-    def generate_in_part(*args, **inputs) -> Any:
-        return generate(*args, model=model._modules[part], **inputs)
-
-    vars(inner)["generate"] = generate_in_part
+    vars(inner)["generate"] = functools.partial(generate, model=model._modules[part])
     vars(stand_in)["_modules"] = {**model._modules, part: inner}
     return loop.__get__(stand_in)(**{name: value for name, value in kwargs.items() if value is not None})
 
