@@ -2715,9 +2715,6 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Numbers and settings
-
-
 def integer(name: str, value: Any, least: Optional[int] = None, of: str = "tokens") -> int:
     """`value`, an integer of any type, as an int.
 
@@ -2750,11 +2747,8 @@ def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
 
 def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
     """The value that `generate` will use: an argument wins over `generation_config`, and that over the model's."""
-    values = (
-        kwargs.get(name),
-        getattr(kwargs.get("generation_config"), name, None),
-        getattr(model.generation_config, name, None),
-    )
+    configs = kwargs.get("generation_config"), model.generation_config
+    values = kwargs.get(name), *(getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)
 
 
@@ -2771,9 +2765,6 @@ def assisted_by(model: PreTrainedModel, kwargs: dict[str, Any]) -> Optional[str]
     """The argument of `generate` that asks for assisted decoding (arXiv:2211.17192), None if there is none."""
     names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
     return next((name for name in names if resolve_setting(model, kwargs, name)), None)
-
-
-# The prompt
 
 
 def left_padding(attention_mask: Optional[torch.Tensor], given: bool = True) -> list[int]:
@@ -2827,9 +2818,6 @@ def prompt_columns(kwargs: dict[str, Any]) -> tuple[int, int, int]:
     return columns, columns - ids, columns - max(ids, embedded)
 
 
-# The inputs of the model
-
-
 # The inputs that tell a model the types of tokens.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # The model's inputs with an entry for each column, in their last dimension; embeddings have it in the last but one.
@@ -2879,9 +2867,6 @@ def _holds_numbers(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals: arguments that can't be served correctly
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# Arguments of `generate`
 
 
 def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
@@ -3010,9 +2995,6 @@ def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
                 f"`{name}` is {value}, but the `SinkCache` in `{CACHE}` was made with {getattr(cache, name)}. Leave "
                 f"`{name}` out, or use a new cache."
             )
-
-
-# Prompts
 
 
 def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
@@ -3947,10 +3929,9 @@ def _local_mask(
 class UnboundLayers:
     """The tokens of an unbound `SinkCache`: what the class of transformers<4.53 did, bit for bit.
 
-    That includes its faults (huggingface/transformers #31581, #33691, #35350). A stream rotates the sinks anew; this
-    rotates all other keys at each step, in their own dtype, so that rounding errors add up. It starts one step early,
-    when the window is full and nothing is evicted yet. Keys have positions in the window, but `generate` gives queries
-    their positions in the whole sequence.
+    That includes its faults (huggingface/transformers #31581, #33691, #35350): it rotates all keys but the sinks at
+    each step, in their own dtype, and starts when nothing is evicted yet. Keys have positions in the window, but
+    `generate` gives queries their positions in the whole sequence.
 
     Attributes:
         keys, values: of each layer, in order of the sequence: `[batch, kv_heads, tokens kept, head_dim]`.
