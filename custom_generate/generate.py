@@ -1923,31 +1923,27 @@ def unwrapped(model: Any, name: str = "model") -> PreTrainedModel:
 
 def _refuse_adapters(model: PreTrainedModel) -> None:
     """Raise if an active adapter of peft looks at more than the tokens of one forward pass."""
-    configs, active = getattr(model, "peft_config", None), set()
-    if not isinstance(configs, dict):
-        return
-    for module in modules_of(model):
-        names = getattr(module, "active_adapters", None)
-        if isinstance(names, list) and not module.disable_adapters:
-            active.update(names)
-        for hook in module._forward_pre_hooks.values():  # an adapter for each row
-            active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
-    for name, config in configs.items():
-        kind = getattr(config, "peft_type", None)
-        # An X-LoRA stands in no layer: it mixes those that do.
-        if name not in active and not (active and kind == "XLORA"):
-            continue
-        reasons = {
-            "SHADOW": "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream",
-            "XLORA": "peft runs the model twice in each forward pass, with one cache",
-        }
+    reasons = {
+        "SHADOW": "peft runs a model of its own beside it, which looks at all tokens in a cache that is no stream",
+        "XLORA": "peft runs the model twice in each forward pass, with one cache",
+    }
+    configs = getattr(model, "peft_config", None)
+    for name, config in (configs if isinstance(configs, dict) else {}).items():
+        kind, active = getattr(config, "peft_type", None), set()
         reason = reasons.get(kind)
         if getattr(config, "alora_invocation_tokens", None):
             reason = (
                 "peft switches it on from a token of the prompt on, which it counts back from the end of what comes at "
                 "once (`alora_invocation_tokens`), and a long prompt comes in parts"
             )
-        if reason is not None:
+        for module in modules_of(model) if reason is not None else ():
+            names = getattr(module, "active_adapters", None)
+            if isinstance(names, list) and not module.disable_adapters:
+                active.update(names)
+            for hook in module._forward_pre_hooks.values():  # an adapter for each row
+                active.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
+        # An X-LoRA stands in no layer: it mixes those that do.
+        if name in active or (active and kind == "XLORA"):
             raise cant_stream(model, f"of its adapter {name!r}, {reason}. Use another kind of adapter, as LoRA.")
 
 
