@@ -2996,7 +2996,7 @@ def refuse_cache(cache: Any, window: dict[str, Optional[int]]) -> None:
 def refuse_gap(kwargs: dict[str, Any], seen: int, end: int) -> None:
     """Raise ValueError unless the arguments of `generate` go on from column `end`, and have at least one new column.
 
-    The cache has `seen` so many.
+    The cache has seen `seen` columns, of which those from `end` on can be taken back.
     """
     columns, _, start = prompt_columns(kwargs)
     if 0 < columns <= end:
