@@ -2390,13 +2390,16 @@ def _run(
     """Run the model on `tokens` (int64 `[rows, length]`), and return its output and the cache, a new one or the given.
 
     It always has a cache, because without one it takes positions above 0 for those of several texts in a row. The first
-    token has position `start`; if that is None, no positions are given.
+    token has position `start`; if that is None, no positions are given. Logits that rule a token out become 0.
     """
     cache = default_cache(model.config) if cache is None else cache
     if start is not None:
         positions = torch.arange(start, start + tokens.shape[1], dtype=torch.long, device=tokens.device)
         kwargs["position_ids"] = positions.repeat(len(tokens), 1)  # some take a view, for which rows can't be shared
-    return model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs), cache
+    output = model(input_ids=tokens, use_cache=True, **{cache_name(model.forward): cache}, **kwargs)
+    ruled_out = output.logits.abs() >= torch.finfo(output.logits.dtype).max
+    output.logits = output.logits.masked_fill(ruled_out, 0)
+    return output, cache
 
 
 def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Tensor]]:
@@ -2406,7 +2409,7 @@ def _cached_at(model: PreTrainedModel, position: int) -> list[dict[str, torch.Te
 
 def _logits_at(model: PreTrainedModel, start: int) -> torch.Tensor:
     """The logits of four rows of four tokens from position `start` on: `[4, 4, vocabulary]`."""
-    return _allowed_logits(_run(model, some_tokens(model, 4), start)[0])
+    return _run(model, some_tokens(model, 4), start)[0].logits
 
 
 def _last_states_at(model: PreTrainedModel, start: int) -> torch.Tensor:
@@ -2440,7 +2443,7 @@ def _run_on_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str,
     tokens = _single_tokens(model)
     mask = torch.ones(4, number, dtype=torch.long, device=tokens.device)
     output, cache = _run(model, tokens, None, _ColumnsAlike(number), attention_mask=mask)
-    return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], _allowed_logits(output)
+    return [cache.cached[layer_idx] for layer_idx in sorted(cache.cached)], output.logits
 
 
 def _fingerprint(cached: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -2456,11 +2459,6 @@ def _rounding(model: PreTrainedModel, cached: list[dict[str, torch.Tensor]]) -> 
     dtypes = {model.dtype, model.get_input_embeddings().weight.dtype}
     dtypes |= {states.dtype for layer in cached for states in layer.values()}
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-
-
-def _allowed_logits(output: Any) -> torch.Tensor:
-    """The logits in what a model gave; 0 where a token is ruled out."""
-    return output.logits.masked_fill(output.logits.abs() >= torch.finfo(output.logits.dtype).max, 0)
 
 
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -2533,7 +2531,7 @@ def _read_columns(model: PreTrainedModel, number: int) -> tuple[list[dict[str, t
     if not all(map(math.isfinite, changes)):
         raise ValueError("what it gives is NaN or infinite for a few tokens (look at its weights, or their dtype)")
     # The first layer gets the token itself, and later ones what attention has rounded.
-    allowed = 4 * (rounding + number * torch.finfo(torch.float32).eps)
+    allowed = _tolerance(number, rounding)
     if max(changes[:2]) > allowed or max(changes) > 4 * allowed:
         raise ValueError(
             f"what it makes of a token changes with its place in the sequence, as where a vector is learned for each. "
@@ -2549,7 +2547,7 @@ def _refuse_seen_padding(model: PreTrainedModel, rounding: float) -> None:
     for start in (4, 0):  # the first four are padding
         mask = (torch.arange(start, 9, dtype=torch.long, device=tokens.device) >= 4).long().expand(4, -1)
         _, cache = _run(model, tokens[:, start:8], None, attention_mask=mask[:, :-1])
-        logits.append(_allowed_logits(_run(model, tokens[:, 8:], None, cache, attention_mask=mask)[0]))
+        logits.append(_run(model, tokens[:, 8:], None, cache, attention_mask=mask)[0].logits)
     changed, allowed = _difference(*logits), max(1e-5, 16 * rounding)
     if changed > allowed:
         raise ValueError(f"padding changes what it gives, by {changed:.2g} of its length (rounding: {allowed:.2g})")
@@ -2560,7 +2558,7 @@ def _refuse_mixing(model: PreTrainedModel, together: torch.Tensor, allowed: floa
 
     The logits of four rows of four tokens are `together`. What two give may change by a part `allowed` of its length.
     """
-    alone = _allowed_logits(_run(model, some_tokens(model, 4)[1:, :2])[0])
+    alone = _run(model, some_tokens(model, 4)[1:, :2])[0].logits
     changed = _difference(together[1:, :2], alone)
     if changed > allowed:
         raise _unreadable(
@@ -2653,7 +2651,7 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
     changed, failed = [], "its code takes no mask over keys, `[batch, 1, tokens, keys]`"
     with telling(lambda error: cant_stream(model, f"{failed}: {error}")):
         for mask in (additive_mask(sees, dtype), sees.to(dtype)):
-            changed.append(_difference(expected, _allowed_logits(_run(model, tokens, attention_mask=mask)[0])))
+            changed.append(_difference(expected, _run(model, tokens, attention_mask=mask)[0].logits))
     if not min(changed) <= max(1e-5, 16 * rounding):
         raise cant_stream(model, "its code makes something else of a mask over keys, `[batch, 1, tokens, keys]`.")
     return changed[1] < changed[0]
@@ -2663,7 +2661,7 @@ def _inverts_masks(model: PreTrainedModel, dtype: torch.dtype, rounding: float) 
 
 
 def _unreadable(model: PreTrainedModel, reason: str, limit: str = "") -> ValueError:
-    """The same for a `reason` that its runs showed. Training mode may have caused it."""
+    """`cant_stream` for a `reason` that the runs of the model showed. Training mode may have caused it."""
     training = " It is in training mode, where dropout changes what it does: call `model.eval()` first."
     return cant_stream(model, reason + training if model.training else reason, limit)
 
