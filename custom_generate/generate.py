@@ -2194,12 +2194,7 @@ def _read_order(model: PreTrainedModel, reason: str) -> ModelTraits:
 
 
 def _traits(
-    model: PreTrainedModel,
-    rotations: list[tuple],
-    cached: list[dict[str, torch.Tensor]],
-    rounding: float,
-    reach: int,
-    ordered: bool,
+    model: PreTrainedModel, rotations: list[tuple], cached: list[dict], rounding: float, reach: int, ordered: bool
 ) -> ModelTraits:
     """The traits of `model` with these, and those that follow from what it `cached` of single tokens."""
     layouts = [tuple((states.shape, states.dtype, states.device) for states in layer.values()) for layer in cached]
@@ -2381,11 +2376,7 @@ def _single_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _run(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    start: Optional[int] = 0,
-    cache: Optional[DynamicCache] = None,
-    **kwargs: Any,
+    model: PreTrainedModel, tokens: torch.Tensor, start: Optional[int] = 0, cache: Any = None, **kwargs: Any
 ) -> tuple[Any, DynamicCache]:
     """Run the model on `tokens` (int64 `[rows, length]`), and return its output and the cache, a new one or the given.
 
@@ -4394,11 +4385,6 @@ class SinkCache(Cache):
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.
         num_sink_tokens (`int`, defaults to 4): how many of them are the first of the sequence.
 
-    Attributes:
-        layers (`list`): the layers of a bound cache.
-        key_cache, value_cache (`list[torch.Tensor]`): one tensor for each layer, `[batch, kv_heads, tokens kept,
-            head_dim]`. They are in the order of the sequence if the cache is unbound, and by slots if it is bound.
-
     Raises:
         TypeError: an argument is no integer.
         ValueError: not `0 <= num_sink_tokens < window_length`.
@@ -4503,7 +4489,10 @@ class SinkCache(Cache):
 
     @property
     def key_cache(self) -> list[Optional[torch.Tensor]]:
-        """The keys of each layer, `[batch, kv_heads, tokens kept, head_dim]`; None for a layer that has none."""
+        """The keys of each layer, `[batch, kv_heads, tokens kept, head_dim]`; None for a layer that has none.
+
+        They are in the order of the sequence if the cache is unbound, and by slots if it is bound.
+        """
         return self.held.keys
 
     @property
@@ -5498,13 +5487,7 @@ class Drafter:
     the model `with_its_own_depth`.
     """
 
-    def __init__(
-        self,
-        assistant: PreTrainedModel,
-        window: Window,
-        depth: Optional[int] = None,
-        runs_on: Optional[PreTrainedModel] = None,
-    ):
+    def __init__(self, assistant: PreTrainedModel, window: Window, depth: Optional[int] = None, runs_on: Any = None):
         if "shared_kv_states" in inspect.signature(assistant.forward).parameters:
             raise ValueError(
                 f"`assistant_model` ({type(assistant).__name__}) can't draft in a stream: it has no keys of its own, "
@@ -5536,11 +5519,7 @@ class Drafter:
         return stand_in
 
     def generate(
-        self,
-        input_ids: torch.Tensor,
-        max_new_tokens: int,
-        attention_mask: Optional[torch.Tensor] = None,
-        **kwargs,
+        self, input_ids: torch.Tensor, max_new_tokens: int, attention_mask: Optional[torch.Tensor] = None, **kwargs
     ) -> Any:
         """What the assistant says after `input_ids` (int64 `[1, tokens]`).
 
