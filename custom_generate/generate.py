@@ -3068,14 +3068,12 @@ class Transcript:
     """What is known of the ids in the columns seen, by which other ids are known to continue them or not.
 
     That is the latest ids, and a digest of those of the first columns, so it takes constant memory. Between them may be
-    columns whose ids are not known, where the model was called without `prepare_inputs`. A transcript never changes: an
-    interrupt can't leave one half changed.
+    columns whose ids are not known, where the model was called without `prepare_inputs`. It never changes.
 
     Args:
         digested: of how many of the first columns `digest` is.
         digest: `digest_of` these, None if they are none.
-        parts: the latest ids, in order: the column of the first one, and int64 `[batch, columns]`. The cache may not
-            have seen all of them yet.
+        parts: the latest ids, in order, also of columns not seen yet: the first column, and int64 `[batch, columns]`.
     """
 
     digested: int = 0
@@ -3198,11 +3196,9 @@ def digest_of(ids: torch.Tensor, first: int, pads: list[int]) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SeenMedia:
-    """An image or the like, or a part of it, in neighbouring columns: their embeddings are not those of their ids.
+    """An image or the like, or a part of it, in the columns from `start` to `end`: their embeddings are not of ids.
 
-    Args:
-        start, end: the first column, and the one after the last.
-        digest: float32 `[batch, 8]` on the CPU, made of these embeddings, by which it is known again.
+    It is known again by the `digest`, float32 `[batch, 8]` on the CPU, made of these embeddings.
     """
 
     start: int
@@ -3255,14 +3251,10 @@ class Ahead:
 
     @classmethod
     def of(cls, start: int, attention_mask: Any) -> "Optional[Ahead]":
-        """That of the mask which a model makes for a prompt without a cache; None if no column sees a later one.
+        """That of the mask which a model makes for a prompt from column `start` on; None if no column sees a later one.
 
-        Args:
-            start: the column of the first.
-            attention_mask: `[batch, heads, length, length]` of booleans, or additive; or one for each kind of layer.
-
-        Raises:
-            ValueError: a column sees later ones, but not those that come next.
+        The mask is `[batch, heads, length, length]` of booleans, or additive; or there is one for each kind of layer.
+        ValueError is raised if a column sees later ones, but not those that come next.
         """
         masks = attention_mask if isinstance(attention_mask, dict) else {None: attention_mask}
         until = {}
@@ -5047,16 +5039,9 @@ class StreamedCall:
         uncompiled: what runs the model otherwise, if the user compiled it as a whole.
     """
 
-    REPLACED = (
-        "_prepare_model_inputs",
-        "prepare_inputs_for_generation",
-        "_update_model_kwargs_for_generation",
-        "_prepare_generated_length",
-        "_get_stopping_criteria",
-        "_valid_auto_compile_criteria",
-        "_validate_model_kwargs",
-        *MAKES_POSITIONS,
-    )
+    REPLACED = ("_prepare_model_inputs", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    REPLACED += ("_prepare_generated_length", "_get_stopping_criteria", "_valid_auto_compile_criteria")
+    REPLACED += ("_validate_model_kwargs", *MAKES_POSITIONS)
 
     def __init__(
         self,
