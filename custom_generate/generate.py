@@ -1515,21 +1515,23 @@ def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 # Whether they are still what they were
 
 
-@torch.no_grad()
-def some_numbers(model: PreTrainedModel) -> bytes:
+@torch.inference_mode()
+def some_numbers(modules: list[torch.nn.Module]) -> bytes:
     """The bytes of 16 numbers of each weight and buffer. They show most changes that torch does not count (`.data`)."""
     numbers: dict[tuple, list[torch.Tensor]] = {}
-    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
+    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules]
     for tensor in itertools.chain.from_iterable(tensors):
-        # Left out: what accelerate keeps elsewhere until it is needed ("meta"), and what is no plain tensor.
-        if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
+        # Left out: what is no plain tensor, and what accelerate keeps elsewhere until it is needed ("meta").
+        is_plain = type(tensor) is torch.nn.Parameter or (tensor is not None and type(tensor.data) is torch.Tensor)
+        length = 0 if not is_plain or tensor.is_meta else tensor.numel()
+        if length == 0:
             continue
-        count = min(tensor.numel(), 16)
+        count = min(length, 16)
         if tensor.is_contiguous():  # at once, without the views between
-            some = tensor.as_strided((count,), (tensor.numel() // count,))
+            some = tensor.as_strided((count,), (length // count,))
         else:
-            some = tensor.reshape(-1)[:: tensor.numel() // count]
-        numbers.setdefault((tensor.device, tensor.dtype), []).append(some)
+            some = tensor.reshape(-1)[:: length // count]
+        numbers.setdefault((tensor.dtype, tensor.device), []).append(some)
     return b"".join(torch.cat(each).cpu().view(torch.uint8).numpy().tobytes() for each in numbers.values())
 
 
@@ -1554,7 +1556,7 @@ class Stamp:
         modules = modules_of(model)
         self.has_run = False
         self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
-        self.numbers = some_numbers(model)
+        self.numbers = some_numbers(modules)
         self._references, self._values = _identities(model, modules)
         self._angles = list(map(_angles, modules))
         self._settings = list(map(_settings, modules, self.counters))
@@ -1591,10 +1593,7 @@ def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple
     references = list(map(weakref.ref, itertools.chain(modules, classes)))
     # A weight that accelerate keeps elsewhere is another object each time it is needed.
     references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
-    values = [weight.dtype for weight in weights]
-    values += [weight.shape for weight in weights]
-    values += [weight.device for weight in weights]
-    values += [weight._version for weight in weights if not weight.is_inference()]
+    values: list = [(each.dtype, each.shape, each.device, each.is_inference() or each._version) for each in weights]
     patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
     # 4.54 to 4.57 set a forward while they collect hidden states. Afterwards it is the method of the class again.
     values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
@@ -1640,8 +1639,6 @@ def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list
 
     transformers' own hooks are left out, because they change nothing.
     """
-    if not before and not after:
-        return []
     hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
     return [(is_after, known_by(hook)) for is_after, hook in hooks if not _is_transformers(hook)]
 
@@ -1697,7 +1694,8 @@ class _NoSetting:
     """Equal to any value that is neither a setting nor a tensor. (Tensors may be frequencies.)"""
 
     def __eq__(self, value: Any) -> bool:
-        return not _is_plain(value) and not isinstance(value, torch.Tensor)
+        # Not by `isinstance`, which looks up `__class__` by the code of a configuration, thrice as slow.
+        return not _is_plain(value) and not issubclass(type(value), torch.Tensor)
 
 
 _NO_SETTING = _NoSetting()
@@ -2379,7 +2377,7 @@ def read_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tenso
 def known_fingerprint(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
     """The fingerprint of `model` as it is now. The model runs only if it has changed since it was read."""
     stamp, read = _readings.get(model, (None, None))
-    if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(model):
+    if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(modules_of(model)):
         return read.fingerprint
     return read_fingerprint(model, traits)
 
@@ -4484,9 +4482,11 @@ def basis(model: PreTrainedModel, stream: Stream) -> tuple:
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torchs = torch.nn.modules.module
     hooks = known_hooks(torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
-    for number, module in enumerate(modules_of(model)):
-        hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
-    return stream.window, id(stream.traits.rotations), some_numbers(model), autocast, hooks
+    modules = modules_of(model)
+    for number, module in enumerate(modules):
+        if module._forward_pre_hooks or module._forward_hooks:
+            hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
+    return stream.window, id(stream.traits.rotations), some_numbers(modules), autocast, hooks
 
 
 @dataclass(frozen=True, eq=False)
