@@ -3524,6 +3524,18 @@ class CompiledSteps:
             self.mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
 
 
+@torch.compiler.disable
+def given_above(name: str) -> list[torch.Tensor]:
+    """The tensors of a `name` in the calls of modules that led here: what a cache is not told, but they were given."""
+    given, frame = {}, inspect.currentframe()
+    while frame is not None:
+        value = frame.f_locals.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            given[id(value)] = value
+        frame = frame.f_back
+    return list(given.values())
+
+
 def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
     """Below which the positions given to the model stay.
 
@@ -3549,7 +3561,8 @@ class Stream:
         sink_layers: what of these is a `SinkLayer`.
         ceiling: positions given to the model stay below it; see `position_ceiling`.
         pads: `[rows]`, the columns of left padding.
-        padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
+        padding_known: whether a mask told them, or may have. Where the model was called by itself, whether it was seen
+            that there is none.
         offsets: `[rows]`, by how much positions are lower than the counts of tokens, or `positions`. Keys follow before
             they are next used: see `follow_offsets`.
         positions: those of the tokens, maybe also of some to come; None if these are their numbers.
@@ -3636,8 +3649,8 @@ class Stream:
         if not layer.follows_plan:
             return layer.get_mask_sizes(sizes)
         plan = self.plan_update(layer.seen, query_length(sizes))
-        # A model that goes by columns would fail on columns of two numbers, before it asks for keys.
-        if self.traits.ordered:
+        # The masks that models make by themselves would fail on such columns, before any keys are asked for.
+        if self.traits.ordered or plan.sees_copies:
             self._refuse_unprepared(plan, self.batch_size)
         end = plan.place + plan.length if self.counts_places else plan.end
         return plan.num_keys, end - plan.num_keys
@@ -3813,6 +3826,10 @@ class Stream:
         trained = self.traits.trained_length
         if self._is_torn(plan):
             reason = "it was left in the middle of a forward pass by an error"
+        elif plan.start > 0 and batch_size != self.batch_size:
+            reason = (
+                f"it holds a batch of {self.batch_size}, got one of {batch_size}: `batch_repeat_interleave` it first"
+            )
         elif any(self.pads) or any(self.offsets) or self.positions is not None:
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
         elif self.traits.ordered:
@@ -3824,12 +3841,17 @@ class Stream:
             reason = "the model would start over from position 0"
         elif plan.end > (self.ceiling if trained is None else trained):
             reason = f"the model would count positions past the {trained or self.ceiling} that it was trained on"
-        elif plan.evicts and batch_size > 1 and not self.padding_known:
-            reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
         elif plan.length > 1 and plan.start > 0 and not self.traits.continues_states:
             reason = "the model forgets its states where it gets several tokens at once, so pass one at a time"
         elif plan.sees_copies:
             reason = f"these {plan.length} tokens evict some, and each has to see another part of the window"
+        elif self._is_given_others(plan, batch_size):
+            reason = (
+                "the model was given padding, or positions that are not the numbers of tokens, as those of an image in "
+                "two dimensions or by `rope_deltas` that it keeps of another conversation"
+            )
+        elif plan.evicts and batch_size > 1 and not self.padding_known:
+            reason = f"some of these {batch_size} rows may be padded, and then not all evict the same"
         else:
             plan.caller = Caller.MODEL
             return
@@ -3838,11 +3860,29 @@ class Stream:
             f"`**{CACHE}.prepare_inputs(input_ids, attention_mask)`."
         )
 
+    def _is_given_others(self, plan: UpdatePlan, batch_size: int) -> bool:
+        """Whether the model was given other positions than the numbers of columns, or a padded row alone.
+
+        The positions of several rows may be those of padding, until they evict. Whether they are is found at the start.
+        """
+        numbers = torch.arange(plan.start, plan.end, dtype=torch.long, device="cpu")
+        positions = [given.cpu() for given in given_above("position_ids") if given.shape[-1] == plan.length]
+        numbered = all((given == numbers).all() for given in positions)
+        if plan.start == 0:
+            padded = any(mask.dim() == 2 and not mask.all() for mask in given_above("attention_mask"))
+            self.padding_known = len(positions) > 0 and numbered and not padded
+            if batch_size == 1 and padded:
+                return True
+        if batch_size == 1 or self.padding_known:
+            return not numbered
+        return any(given.dim() == 3 and (given != given[:1]).any() for given in positions)
+
     def _is_torn(self, plan: UpdatePlan) -> bool:
-        """Whether an update before the one of `plan`, which has come to the first sink layer, was cut short."""
+        """Whether an update before the one of `plan`, which has come to the first sink layer at most, was cut short."""
         first = next(index for index, layer in enumerate(self.layers) if layer.follows_plan)
         return any(
-            layer.progress() - {plan.end if index < first else plan.start} for index, layer in enumerate(self.layers)
+            layer.progress() - ({plan.start, plan.end} if index < first else {plan.start})
+            for index, layer in enumerate(self.layers)
         )
 
     def finish_update(self) -> None:
@@ -4669,14 +4709,14 @@ class SinkCache(Cache):
     `get_seq_length()` is the number of tokens stored. Without `sin` and `cos`, it refuses to evict.
 
     A bound cache is exact in `generate` below, and in a loop of your own that calls
-    `model(**cache.prepare_inputs(...))`. In other calls (`model(input_ids, cache=cache)`, or a plain
-    `model.generate(cache=cache)`; until transformers 5.23 these name it `past_key_values`) it sees neither mask nor
-    positions. These calls are served for one row without padding, up to the length that the model was trained on.
-    Refused are a batch that must evict, several tokens at once that evict, steps past that length, going on with rows
-    that were padded or whose positions were lowered, and any eviction from a cache whose columns the model goes by. Two
-    things go unnoticed in such calls, and give wrong tokens: padding of a single row, and positions that are no numbers
-    of tokens. You may pass such `position_ids`, or a model may make them itself, of an image in two dimensions or of
-    `rope_deltas` of another conversation with images.
+    `model(**cache.prepare_inputs(...))`. Other calls (`model(input_ids, cache=cache)`, or a plain
+    `model.generate(cache=cache)`; until transformers 5.23 these name it `past_key_values`) tell it neither mask nor
+    positions. It looks these up in the calls of modules that led to it, as `attention_mask` and `position_ids`. It
+    serves text without padding, up to the length that the model was trained on. It refuses a row with padding, and
+    several that may have some once they must evict; positions other than the numbers of tokens, which you passed or the
+    model made (of an image in two dimensions, or by `rope_deltas` of another conversation); several tokens at once that
+    evict; steps past that length; going on with rows that were padded or whose positions were lowered; and any eviction
+    from a cache whose columns the model goes by.
 
     What the cache holds after some tokens, and every logit, depends on these tokens alone: not on how they were cut
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`).
