@@ -5289,12 +5289,14 @@ class Prompt:
         columns_not_passed: how many of the first of them `input_ids` leave out.
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
+        media: the names of its images or the like, before transformers encodes them and drops these.
     """
 
     columns: int = 0
     columns_not_passed: int = 0
     mask_given: bool = False
     embeddings: Optional[torch.Tensor] = None
+    media: tuple[str, ...] = ()
 
 
 class _Caught(Exception):
@@ -5308,6 +5310,8 @@ class _Caught(Exception):
 # there: for each mark, row by row, a tensor in a list has an entry.
 HANDED_PER_COLUMN = ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", *TOKEN_TYPES)
 HANDED_BY_MARKS = {"deepstack_visual_embeds": "visual_pos_masks"}
+# What is of whole images, and of use to their tower alone: some models hand down whatever processors of others give.
+HANDED_OF_IMAGES = ("image_sizes",)
 # And what a stream has its own of.
 HANDED_AND_LEFT = ("input_ids", "attention_mask", "position_ids", "cache_position", CACHE, OLDER_NAME)
 
@@ -5327,7 +5331,7 @@ class HandedDown:
     @property
     def unknown(self) -> list[str]:
         """The names of tensors of which is not known what they have for which column."""
-        known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_AND_LEFT}
+        known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_OF_IMAGES, *HANDED_AND_LEFT}
         return [name for name, value in self.arguments.items() if name not in known and _holds_numbers(value)]
 
     def media(self, model: PreTrainedModel, input_ids: torch.Tensor) -> list[SeenMedia]:
@@ -5483,8 +5487,8 @@ class StreamedCall:
             end = stream.end_in_common(given)
             if end < stream.seen:
                 stream.take_back(end)
-            mask_given = given.get("attention_mask") is not None
-            self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"))
+            mask_given, media = given.get("attention_mask") is not None, tuple(media_inputs(model_kwargs))
+            self.prompt = Prompt(columns, columns_not_passed, mask_given, given.get("inputs_embeds"), media)
             self.phase = Phase.PROMPT
             if stream.seen > 0 or not is_known_by_ids(model_kwargs):
                 self.keeper = None
@@ -5678,7 +5682,7 @@ class StreamedCall:
         def catch(**arguments) -> None:
             raise _Caught(arguments)
 
-        names = [*media_inputs(kwargs), *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
+        names = [*self.prompt.media, *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
         failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {names}"
         # What it sets on itself is for nobody else.
         model = shared_path(self.cache._bound_model, calling(self.decoder, catch))
