@@ -558,7 +558,8 @@ if RELEASE >= (4, 57):
 # Arguments about the custom function itself, which `generate` hands on to it: these three in 4.52 only,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and these, which say where on the Hub it is, in every release.
-ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
+WHERE_ON_THE_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
+ABOUT_THE_CALL += WHERE_ON_THE_HUB
 
 
 def init_cache(cache: Cache) -> None:
@@ -3111,6 +3112,23 @@ REFUSED_MODES["penalty_alpha"] = (
     0,
     "asks for contrastive search, which looks at all tokens of before. Leave it out.",
 )
+
+
+def refuse_other_code(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if `custom_generate` is other code than this, which would be left out without a word."""
+    name = kwargs.get("custom_generate")
+    where = {key: kwargs[key] for key in WHERE_ON_THE_HUB if key in kwargs}
+    if isinstance(name, (str, os.PathLike)):
+        with contextlib.suppress(OSError, ValueError):  # it is nowhere
+            path = transformers.utils.cached_file(name, "custom_generate/generate.py", **where)
+            with open(path, encoding="utf-8") as file:
+                if "\nclass SinkCache(Cache):" in file.read():
+                    return
+    if name is not None:
+        raise ValueError(
+            f"`custom_generate` asks for another way of decoding, and a stream is one itself, got {name!r}. Leave it "
+            f"out, or call transformers' own `generate` with it, and with `{CACHE}=SinkCache(...).bind(model)`."
+        )
 
 
 def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -6053,6 +6071,7 @@ def _generate_by_name(
         keeping: its arguments about conversations that are kept.
         kwargs: all others.
     """
+    refuse_other_code(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(NEWER_NAME, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:

@@ -363,9 +363,9 @@ def test_an_image_and_a_cache_handed_to_plain_generate(name):
     if name in WITH_AXES:
         model.lm_head.register_forward_pre_hook(lambda *args: passes.append(1))
         strip = image | dict(image_grid_thw=torch.tensor([[1, 2, 8]]))  # text after it has its number for a position
-        for given in (image, strip):
+        for rows, given in ((1, image), (1, strip), (2, joined(image, strip))):
             with pytest.raises(ValueError, match="can't go on outside .* positions that are not the numbers of tokens"):
-                plain(model, name, ids, cache, given)
+                plain(model, name, ids.repeat(rows, 1), cache, given)
         assert cache.get_seq_length() == 0 and passes == []
     else:
         assert_exact(model, name, plain(model, name, ids, cache, image), image, ids.shape[1])

@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
 
 from custom_generate.generate import CACHE, SinkCache, generate
-from tests.support.helpers import RELEASE, changing, prompt, remembering, small_model, with_the_old_class
+from tests.support.helpers import RELEASE, at_the_ends, changing, prompt, remembering, small_model, with_the_old_class
 
 
 def forward_passes(model) -> list[int]:
@@ -381,9 +381,10 @@ def test_a_padded_batch_that_must_evict():
         model.generate(**left_padded(), max_new_tokens=13, **settings)
 
 
-def test_a_batch_without_padding_goes_on():
+@pytest.mark.parametrize("num_beams", [1, at_the_ends(3)])
+def test_a_batch_without_padding_goes_on(num_beams):
     model, ids = small_model(), prompt(5, rows=2)
-    settings = dict(max_new_tokens=40, do_sample=False)
+    settings = dict(max_new_tokens=40, do_sample=False, num_beams=num_beams)
     expected = generate(model, 16, 4, input_ids=ids, **settings)
     for given in ({}, dict(attention_mask=torch.ones_like(ids))):
         cache = SinkCache(16, 4).bind(model)
