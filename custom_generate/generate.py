@@ -549,7 +549,8 @@ if RELEASE >= (4, 57):
 # Arguments about the custom function itself, which `generate` hands on to it: these three in 4.52 only,
 ABOUT_THE_CALL = ("custom_generate", "trust_remote_code", "global_keys_to_exclude")
 # and these, which say where on the Hub it is, in every release.
-ABOUT_THE_CALL += ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
+WHERE_ON_THE_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type")
+ABOUT_THE_CALL += WHERE_ON_THE_HUB
 
 
 def init_cache(cache: Cache) -> None:
@@ -1500,21 +1501,23 @@ def _frequencies(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 # Whether they are still what they were
 
 
-@torch.no_grad()
-def some_numbers(model: PreTrainedModel) -> bytes:
+@torch.inference_mode()
+def some_numbers(modules: list[torch.nn.Module]) -> bytes:
     """The bytes of 16 numbers of each weight and buffer. They show most changes that torch does not count (`.data`)."""
     numbers: dict[tuple, list[torch.Tensor]] = {}
-    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules_of(model)]
+    tensors = [(*module._parameters.values(), *module._buffers.values()) for module in modules]
     for tensor in itertools.chain.from_iterable(tensors):
-        # Left out: what accelerate keeps elsewhere until it is needed ("meta"), and what is no plain tensor.
-        if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.numel() == 0:
+        # Left out: what is no plain tensor, and what accelerate keeps elsewhere until it is needed ("meta").
+        is_plain = type(tensor) is torch.nn.Parameter or (tensor is not None and type(tensor.data) is torch.Tensor)
+        length = 0 if not is_plain or tensor.is_meta else tensor.numel()
+        if length == 0:
             continue
-        count = min(tensor.numel(), 16)
+        count = min(length, 16)
         if tensor.is_contiguous():  # at once, without the views between
-            some = tensor.as_strided((count,), (tensor.numel() // count,))
+            some = tensor.as_strided((count,), (length // count,))
         else:
-            some = tensor.reshape(-1)[:: tensor.numel() // count]
-        numbers.setdefault((tensor.device, tensor.dtype), []).append(some)
+            some = tensor.reshape(-1)[:: length // count]
+        numbers.setdefault((tensor.dtype, tensor.device), []).append(some)
     return b"".join(torch.cat(each).cpu().view(torch.uint8).numpy().tobytes() for each in numbers.values())
 
 
@@ -1538,7 +1541,7 @@ class Stamp:
         modules = modules_of(model)
         self.has_run = False
         self.counters = counters if counters and len(counters) == len(modules) else [set() for _ in modules]
-        self.numbers = some_numbers(model)
+        self.numbers = some_numbers(modules)
         self._references, self._values = _identities(model, modules)
         self._angles = list(map(_angles, modules))
         self._settings = list(map(_settings, modules, self.counters))
@@ -1575,10 +1578,7 @@ def _identities(model: PreTrainedModel, modules: list[torch.nn.Module]) -> tuple
     references = list(map(weakref.ref, itertools.chain(modules, classes)))
     # A weight that accelerate keeps elsewhere is another object each time it is needed.
     references += [weakref.ref(weight) for weight in weights if not weight.is_meta]
-    values = [weight.dtype for weight in weights]
-    values += [weight.shape for weight in weights]
-    values += [weight.device for weight in weights]
-    values += [weight._version for weight in weights if not weight.is_inference()]
+    values: list = [(each.dtype, each.shape, each.device, each.is_inference() or each._version) for each in weights]
     patched = [(module, vars(module)["forward"]) for module in modules if "forward" in vars(module)]
     # 4.54 to 4.57 set a forward while they collect hidden states. Afterwards it is the method of the class again.
     values += [known_by(forward) for module, forward in patched if forward != type(module).forward.__get__(module)]
@@ -1622,8 +1622,6 @@ def known_hooks(before: dict[int, Callable], after: dict[int, Callable]) -> list
 
     transformers' own hooks are left out, because they change nothing.
     """
-    if not before and not after:
-        return []
     hooks = [(False, hook) for hook in before.values()] + [(True, hook) for hook in after.values()]
     return [(is_after, known_by(hook)) for is_after, hook in hooks if not origin(hook).startswith("transformers.")]
 
@@ -1679,7 +1677,8 @@ class _NoSetting:
     """Equal to any value that is neither a setting nor a tensor. (Tensors may be frequencies.)"""
 
     def __eq__(self, value: Any) -> bool:
-        return not _is_plain(value) and not isinstance(value, torch.Tensor)
+        # Not by `isinstance`, which looks up `__class__` by the code of a configuration, thrice as slow.
+        return not _is_plain(value) and not issubclass(type(value), torch.Tensor)
 
 
 _NO_SETTING = _NoSetting()
@@ -2300,7 +2299,7 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
 def fingerprint_of(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
     """The fingerprint of `model`, which has these traits, as it is now. It runs only if it was changed since."""
     stamp, read = _readings.get(model, (None, None))
-    if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(model):
+    if read is not None and stamp.fits(model) and stamp.numbers == some_numbers(modules_of(model)):
         return read.fingerprint
     with torch.no_grad(), without_hooks(model) as stand_in:
         return _fingerprint(_run_on_columns(stand_in, 1)[0] if traits.ordered else _cached_at(stand_in, 0))
@@ -2947,6 +2946,23 @@ REFUSED_MODES = {
 REFUSED_MODES["penalty_alpha"] = (0, "asks for contrastive search, which looks at all tokens of before. Leave it out.")
 
 
+def refuse_other_code(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if `custom_generate` is other code than this, which would be left out without a word."""
+    name = kwargs.get("custom_generate")
+    where = {key: kwargs[key] for key in WHERE_ON_THE_HUB if key in kwargs}
+    if isinstance(name, (str, os.PathLike)):
+        with contextlib.suppress(OSError, ValueError):  # it is nowhere
+            path = transformers.utils.cached_file(name, "custom_generate/generate.py", **where)
+            with open(path, encoding="utf-8") as file:
+                if "\nclass SinkCache(Cache):" in file.read():
+                    return
+    if name is not None:
+        raise ValueError(
+            f"`custom_generate` asks for another way of decoding, and a stream is one itself, got {name!r}. Leave it "
+            f"out, or call transformers' own `generate` with it, and with `{CACHE}=SinkCache(...).bind(model)`."
+        )
+
+
 def refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments of `generate` that a stream can't serve."""
     for look_up, refused in ((_asked_for, REFUSED_ARGUMENTS), (resolve_setting, REFUSED_MODES)):
@@ -3318,6 +3334,18 @@ class CompiledSteps:
             self.mask[range(len(plan.first_slots)), :, :, plan.first_slots] = 0
 
 
+@torch.compiler.disable
+def given_above(name: str) -> list[torch.Tensor]:
+    """The tensors of a `name` in the calls of modules that led here: what a cache is not told, but they were given."""
+    given, frame = {}, inspect.currentframe()
+    while frame is not None:
+        value = frame.f_locals.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            given[id(value)] = value
+        frame = frame.f_back
+    return list(given.values())
+
+
 def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
     """Below which the positions given to the model stay.
 
@@ -3343,7 +3371,8 @@ class Stream:
         sink_layers: what of these is a `SinkLayer`.
         ceiling: positions given to the model stay below it; see `position_ceiling`.
         pads: `[rows]`, the columns of left padding.
-        padding_known: whether a mask told them, or may have. It has not where the model was called by itself.
+        padding_known: whether a mask told them, or may have. Where the model was called by itself, whether it was seen
+            that there is none.
         offsets: `[rows]`, by how much positions are lower than the counts of tokens, or `positions`. Keys follow before
             they are next used: see `follow_offsets`.
         positions: those of the tokens, maybe also of some to come; None if these are their numbers.
@@ -3430,8 +3459,8 @@ class Stream:
         if not layer.follows_plan:
             return layer.get_mask_sizes(sizes)
         plan = self.plan_update(layer.seen, query_length(sizes))
-        # A model that goes by columns would fail on columns of two numbers, before it asks for keys.
-        if self.traits.ordered:
+        # The masks that models make by themselves would fail on such columns, before any keys are asked for.
+        if self.traits.ordered or plan.sees_copies:
             self._refuse_unprepared(plan, self.batch_size)
         end = plan.place + plan.length if self.counts_places else plan.end
         return plan.num_keys, end - plan.num_keys
@@ -3607,6 +3636,10 @@ class Stream:
         trained = self.traits.trained_length
         if self._is_torn(plan):
             reason = "it was left in the middle of a forward pass by an error"
+        elif plan.start > 0 and batch_size != self.batch_size:
+            reason = (
+                f"it holds a batch of {self.batch_size}, got one of {batch_size}: `batch_repeat_interleave` it first"
+            )
         elif any(self.pads) or any(self.offsets) or self.positions is not None:
             reason = "its rows were padded, or their positions shifted back, so the model's own count of them is off"
         elif self.traits.ordered:
@@ -3618,12 +3651,17 @@ class Stream:
             reason = "the model would start over from position 0"
         elif plan.end > (self.ceiling if trained is None else trained):
             reason = f"the model would count positions past the {trained or self.ceiling} that it was trained on"
-        elif plan.evicts and batch_size > 1 and not self.padding_known:
-            reason = f"it can't see whether any of these {batch_size} rows is padded, so not what to evict"
         elif plan.length > 1 and plan.start > 0 and not self.traits.continues_states:
             reason = "the model forgets its states where it gets several tokens at once, so pass one at a time"
         elif plan.sees_copies:
             reason = f"these {plan.length} tokens evict some, and each has to see another part of the window"
+        elif self._is_given_others(plan, batch_size):
+            reason = (
+                "the model was given padding, or positions that are not the numbers of tokens, as those of an image in "
+                "two dimensions or by `rope_deltas` that it keeps of another conversation"
+            )
+        elif plan.evicts and batch_size > 1 and not self.padding_known:
+            reason = f"some of these {batch_size} rows may be padded, and then not all evict the same"
         else:
             plan.caller = Caller.MODEL
             return
@@ -3632,11 +3670,29 @@ class Stream:
             f"`**{CACHE}.prepare_inputs(input_ids, attention_mask)`."
         )
 
+    def _is_given_others(self, plan: UpdatePlan, batch_size: int) -> bool:
+        """Whether the model was given other positions than the numbers of columns, or a padded row alone.
+
+        The positions of several rows may be those of padding, until they evict. Whether they are is found at the start.
+        """
+        numbers = torch.arange(plan.start, plan.end, dtype=torch.long, device="cpu")
+        positions = [given.cpu() for given in given_above("position_ids") if given.shape[-1] == plan.length]
+        numbered = all((given == numbers).all() for given in positions)
+        if plan.start == 0:
+            padded = any(mask.dim() == 2 and not mask.all() for mask in given_above("attention_mask"))
+            self.padding_known = len(positions) > 0 and numbered and not padded
+            if batch_size == 1 and padded:
+                return True
+        if batch_size == 1 or self.padding_known:
+            return not numbered
+        return any(given.dim() == 3 and (given != given[:1]).any() for given in positions)
+
     def _is_torn(self, plan: UpdatePlan) -> bool:
-        """Whether an update before the one of `plan`, which has come to the first sink layer, was cut short."""
+        """Whether an update before the one of `plan`, which has come to the first sink layer at most, was cut short."""
         first = next(index for index, layer in enumerate(self.layers) if layer.follows_plan)
         return any(
-            layer.progress() - {plan.end if index < first else plan.start} for index, layer in enumerate(self.layers)
+            layer.progress() - ({plan.start, plan.end} if index < first else {plan.start})
+            for index, layer in enumerate(self.layers)
         )
 
     def finish_update(self) -> None:
@@ -4242,9 +4298,11 @@ def basis(model: PreTrainedModel, stream: Stream) -> tuple:
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torchs = torch.nn.modules.module
     hooks = known_hooks(torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
-    for number, module in enumerate(modules_of(model)):
-        hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
-    return stream.window, id(stream.traits.rotations), some_numbers(model), autocast, hooks
+    modules = modules_of(model)
+    for number, module in enumerate(modules):
+        if module._forward_pre_hooks or module._forward_hooks:
+            hooks += [(number, *hook) for hook in known_hooks(module._forward_pre_hooks, module._forward_hooks)]
+    return stream.window, id(stream.traits.rotations), some_numbers(modules), autocast, hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -4405,11 +4463,14 @@ class SinkCache(Cache):
     into forward passes, what else is in the batch, or whether other tokens were taken back in between (`crop`). That is
     so in `generate` below, and in a loop of your own that calls `model(**cache.prepare_inputs(...))`.
 
-    In other calls (`model(input_ids, cache=cache)`, or a plain `model.generate(cache=cache)`; until transformers 5.23
-    these name it `past_key_values`) a bound cache sees neither mask nor positions. They are served for one row without
-    padding, up to the length that the model was trained on, and others are refused. Two things go unnoticed in them,
-    and give wrong tokens: padding of a single row, and positions that are no numbers of tokens. You may pass such
-    `position_ids`, or a model may make them of an image, or of `rope_deltas` that another conversation has left.
+    Other calls (`model(input_ids, cache=cache)`, or a plain `model.generate(cache=cache)`; until transformers 5.23
+    these name it `past_key_values`) tell a bound cache neither mask nor positions. It looks these up in the calls of
+    modules that led to it, as `attention_mask` and `position_ids`. It serves text without padding, up to the length
+    that the model was trained on. It refuses a row with padding, and several that may have some once they must evict;
+    positions other than the numbers of tokens, which you passed or the model made (of an image in two dimensions, or by
+    `rope_deltas` of another conversation); several tokens at once that evict; steps past that length; going on with
+    rows that were padded or whose positions were lowered; and any eviction from a cache whose columns the model goes
+    by.
 
     Args:
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.
@@ -4951,6 +5012,8 @@ class _Caught(Exception):
 # there: for each mark, row by row, a tensor in a list has an entry.
 HANDED_PER_COLUMN = ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", *TOKEN_TYPES)
 HANDED_BY_MARKS = {"deepstack_visual_embeds": "visual_pos_masks"}
+# What is of whole images, and of use to their tower alone: some models hand down whatever processors of others give.
+HANDED_OF_IMAGES = ("image_sizes",)
 # And what a stream has its own of.
 HANDED_AND_LEFT = ("input_ids", "attention_mask", "position_ids", "cache_position", CACHE, OLDER_NAME)
 
@@ -4970,7 +5033,7 @@ class HandedDown:
     @property
     def unknown(self) -> list[str]:
         """The names of tensors of which is not known what they have for which column."""
-        known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_AND_LEFT}
+        known = {*HANDED_PER_COLUMN, *HANDED_BY_MARKS, *HANDED_OF_IMAGES, *HANDED_AND_LEFT}
         return [name for name, value in self.arguments.items() if name not in known and _holds_numbers(value)]
 
     def media(self, model: PreTrainedModel, input_ids: torch.Tensor) -> list[SeenMedia]:
@@ -5032,6 +5095,7 @@ class StreamedCall:
         columns_not_passed: how many of the first of them `input_ids` leave out.
         mask_given: whether its mask was given with it.
         embeddings: its `inputs_embeds`, `[batch, length, hidden size]`, if there are some.
+        media_names: of its images or the like, before transformers encodes them and drops these.
         arguments: what the loop got, of a prompt with images or the like whose positions the model makes before it.
         handed: what the decoder is given of the prompt in place of what its tokens alone would be; None if nothing is.
         kept_at: after how many columns the conversation is kept next; None if it isn't.
@@ -5067,6 +5131,7 @@ class StreamedCall:
         self.takes_cache_as = cache_name(model.prepare_inputs_for_generation)
         self.phase, self.handed, self.arguments = Phase.BEFORE, None, None
         self.columns, self.columns_not_passed, self.mask_given, self.embeddings = 0, 0, False, None
+        self.media_names: tuple[str, ...] = ()
         self.uncompiled = uncompiled_code(model)
         self.compiles = (
             not assisted
@@ -5119,6 +5184,7 @@ class StreamedCall:
             if end < stream.seen:
                 stream.take_back(end)
             self.mask_given, self.embeddings = given.get("attention_mask") is not None, given.get("inputs_embeds")
+            self.media_names = tuple(media_inputs(model_kwargs))
             self.phase = Phase.PROMPT
             if stream.seen > 0 or not is_known_by_ids(model_kwargs):
                 self.keeper = None
@@ -5312,7 +5378,7 @@ class StreamedCall:
         def catch(**arguments) -> None:
             raise _Caught(arguments)
 
-        names = [*media_inputs(kwargs), *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
+        names = [*self.media_names, *(name for name in TOKEN_TYPES if kwargs.get(name) is not None)]
         failed = f"`model` ({type(self.model).__name__}) makes nothing of the prompt and {names}"
         # What it sets on itself is for nobody else.
         model = shared_path(self.cache._bound_model, calling(self.decoder, catch))
@@ -5652,6 +5718,7 @@ def _generate_by_name(
     model: Any, progress: bool, window: dict[str, Any], keeping: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
     """`generate`, when all its arguments have names: `window` and `keeping` have those about these, `kwargs` others."""
+    refuse_other_code(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_THE_CALL}
     cache, older = kwargs.pop(NEWER_NAME, None), kwargs.pop(OLDER_NAME, None)
     if cache is not None and older is not None:

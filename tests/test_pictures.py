@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from custom_generate.generate import SinkCache, generate
+from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import at_the_ends, on_the_newest, prompt
 from tests.support.oracle import difference, oracle_with_images
 from tests.test_synced import Others
@@ -326,6 +326,83 @@ def test_text_whose_types_are_passed_in_a_window_up_to_the_ceiling(name):
         assert_same(ours(model, name, said, cache, images), ours(model, name, said, SinkCache(64, 4), images))
         cache.reset()
         cache.held.ceiling = 64
+
+
+@pytest.mark.ends_only
+@pytest.mark.parametrize("name", TYPED)
+def test_an_image_whose_tokens_do_not_see_each_other_would_be_seen(name):
+    """A control: a causal mask over an image changes logits by far more than rounding."""
+    model, (ids, image, _) = model_with_a_tower(name), images_of(model_with_a_tower(name), name)
+    said = torch.cat([text(3), ids, text(8)], dim=1)
+    output = ours(model, name, said, SinkCache(16, 4), image, max_new_tokens=12)
+    assert_exact(model, name, output, image, said.shape[1])
+    causal = {key: torch.zeros_like(value) for key, value in typed(output.sequences, name).items()}
+    expected = oracle_with_images(model, output.sequences, 16, 4, **image, **causal)
+    assert difference(torch.cat(output.logits), expected[said.shape[1] - 1 : -1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llava", *map(at_the_ends, NAMES[1:])])
+def test_images_that_are_not_as_many_as_their_tokens(name):
+    """The message has what was passed, by its names, also where transformers encodes it before the loop."""
+    model = model_with_a_tower(name)
+    ids, image, other = images_of(model, name)
+    with pytest.raises(ValueError, match=r"makes nothing of the prompt and \['pixel_values'"):
+        ours(model, name, torch.cat([ids, text(9)], dim=1), SinkCache(16, 4), joined(image, other))
+
+
+def plain(model, name, said, cache, images=None, **settings):
+    """A cache bound by hand, and handed to `generate` of transformers."""
+    return model.generate(input_ids=said, **CALL | {CACHE: cache} | settings, **(images or {}), **typed(said, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_and_a_cache_handed_to_plain_generate(name):
+    """It is right where the positions of its tokens are their numbers, and else refused before any logits."""
+    model = model_with_a_tower(name)
+    cache, passes, (ids, image, _) = SinkCache(16, 4).bind(model), [], images_of(model, name)
+    if name in WITH_AXES:
+        model.lm_head.register_forward_pre_hook(lambda *args: passes.append(1))
+        strip = image | dict(image_grid_thw=torch.tensor([[1, 2, 8]]))  # text after it has its number for a position
+        for rows, given in ((1, image), (1, strip), (2, joined(image, strip))):
+            with pytest.raises(ValueError, match="can't go on outside .* positions that are not the numbers of tokens"):
+                plain(model, name, ids.repeat(rows, 1), cache, given)
+        assert cache.get_seq_length() == 0 and passes == []
+    else:
+        assert_exact(model, name, plain(model, name, ids, cache, image), image, ids.shape[1])
+    with pytest.raises(ValueError, match="can't go on outside .* these 22 tokens evict some"):
+        plain(model, name, torch.cat([ids, text(12)], dim=1), SinkCache(16, 4).bind(model), image)
+
+
+@pytest.mark.parametrize("name", WITH_AXES)
+def test_plain_turns_after_another_conversation_had_an_image(name):
+    """The model keeps a number of it, by which it moves the positions of any later turn."""
+    model = model_with_a_tower(name)
+    cache, (ids, image, _) = SinkCache(16, 4).bind(model), images_of(model, name)
+    said = plain(model, name, text(8), cache).sequences
+    output = plain(model, name, said, cache)
+    assert_exact(model, name, output, {}, said.shape[1])
+    said = output.sequences
+    whole(model, name, ids, image)
+    with pytest.raises(ValueError, match="`rope_deltas` that it keeps of another conversation.*prepare_inputs"):
+        plain(model, name, said, cache)
+    assert_exact(model, name, ours(model, name, said, cache, max_new_tokens=12), {}, said.shape[1])
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("name", ["aya_vision", "cohere2_vision", "internvl", "qianfan_ocr"])
+def test_sizes_of_images_that_a_model_hands_down_and_does_not_use(name):
+    from tools.architectures import WITH_IMAGES, build
+    from tools.images import an_image, features
+
+    model = build(name, 512, {}, WITH_IMAGES)
+    image, cache = an_image(model, seed=0), SinkCache(16, 4)
+    said = torch.cat([text(3), torch.ones(1, features(model, image), dtype=torch.long), text(14)], dim=1)
+    given = image | dict(image_sizes=torch.tensor([[28, 28]]))
+    for _ in range(2):
+        output = generate(model, input_ids=said, cache=cache, **CALL | dict(suppress_tokens=[0, 1]), **given)
+        expected = oracle_with_images(model, output.sequences, 16, 4, **image)
+        assert difference(torch.cat(output.logits), expected[said.shape[1] - 1 : -1]) < 1e-5
+        said = torch.cat([output.sequences, text(3)], dim=1)
 
 
 @pytest.mark.newest_only

@@ -38,6 +38,8 @@ def workplace(hub, installed, tmp_path, monkeypatch) -> Path:
     GenerationConfig(bos_token_id=1, pad_token_id=0, max_new_tokens=5, **ends).save_pretrained("qwen")
     hub.commit_folder("Qwen/Qwen3-0.6B", tmp_path / "qwen")
     hub.tags["org/sink_cache"] = {VERSION: hub.repositories["org/sink_cache"][-1][0]}
+    group_beams = ROOT / "tests/support/group_beams.py"
+    hub.commit("transformers-community/group-beam-search", {"custom_generate/generate.py": group_beams.read_bytes()})
     monkeypatch.syspath_prepend(installed)
     loadable(Path("my_model"))
     return tmp_path

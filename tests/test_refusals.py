@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig, T5Config
 
 from custom_generate.generate import CACHE, SinkCache, generate
-from tests.support.helpers import RELEASE, changing, prompt, remembering, small_model, with_the_old_class
+from tests.support.helpers import RELEASE, at_the_ends, changing, prompt, remembering, small_model, with_the_old_class
 
 
 def forward_passes(model) -> list[int]:
@@ -370,16 +370,56 @@ def left_padded() -> dict[str, torch.Tensor]:
     return dict(input_ids=prompt(5, rows=2) * mask, attention_mask=mask)
 
 
-@pytest.mark.parametrize("inputs", [left_padded(), dict(input_ids=prompt(5, rows=2))], ids=["padded", "not padded"])
-def test_a_batch_that_must_evict_with_its_mask_unseen(inputs):
+def test_a_padded_batch_that_must_evict():
     model = small_model()
     cache = SinkCache(16, 4).bind(model)
     settings = {"do_sample": False, CACHE: cache}
-    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=12, **settings), expected)  # that fills the window
+    expected = model.generate(**left_padded(), max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(**left_padded(), max_new_tokens=12, **settings), expected)  # fills the window
     cache.reset()
-    with pytest.raises(ValueError, match="can't see whether any of these 2 rows is padded.*prepare_inputs"):
-        model.generate(**inputs, max_new_tokens=13, **settings)
+    with pytest.raises(ValueError, match="some of these 2 rows may be padded.*prepare_inputs"):
+        model.generate(**left_padded(), max_new_tokens=13, **settings)
+
+
+@pytest.mark.parametrize("num_beams", [1, at_the_ends(3)])
+def test_a_batch_without_padding_goes_on(num_beams):
+    model, ids = small_model(), prompt(5, rows=2)
+    settings = dict(max_new_tokens=40, do_sample=False, num_beams=num_beams)
+    expected = generate(model, 16, 4, input_ids=ids, **settings)
+    for given in ({}, dict(attention_mask=torch.ones_like(ids))):
+        cache = SinkCache(16, 4).bind(model)
+        assert torch.equal(model.generate(ids, **given, **settings, **{CACHE: cache}), expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(attention_mask=torch.tensor([[0, 0, 1, 1, 1]])),
+        dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1]])),
+        dict(position_ids=torch.tensor([[0, 1, 2, 4, 5]])),
+        dict(position_ids=torch.arange(1, 6)[None]),
+    ],
+    ids=["padding", "a hole", "other positions", "moved positions"],
+)
+@torch.no_grad()
+def test_what_a_row_alone_was_given_besides(given):
+    model = small_model()
+    cache = SinkCache(16, 4).bind(model)
+    with pytest.raises(ValueError, match="was given padding, or positions that are not the numbers of tokens"):
+        model(input_ids=prompt(5), **given, **{CACHE: cache})
+    assert cache.get_seq_length() == 0
+    model(input_ids=prompt(5), **{CACHE: cache})  # and goes on
+
+
+def test_other_rows_than_a_cache_has():
+    model = small_model()
+    cache = SinkCache(16, 4).bind(model)
+    with torch.no_grad():
+        model(**cache.prepare_inputs(prompt(5, rows=2)))
+        with pytest.raises(ValueError, match="holds a batch of 2, got one of 4"):
+            model(prompt(1, rows=4), **{CACHE: cache})
+        assert cache.get_seq_length() == 5
+        model(prompt(1, rows=2), **{CACHE: cache})
 
 
 def test_rows_that_were_padded_go_on_prepared_only():

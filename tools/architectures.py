@@ -639,13 +639,22 @@ def _by_reason(verdicts: dict[str, str]) -> tuple[dict[str, list[str]], dict[str
 
 
 def no_longer(rows: list[Row], old: str) -> list[str]:
-    """What stands among the types that stream in the text `old` of COMPATIBILITY.md, and does not stream now.
+    """What streams text, or images, by the text `old` of COMPATIBILITY.md, and is refused it or not built now.
 
     A type that transformers has no more is none of these.
     """
-    streamed = re.findall(r"^\| (\w+) \| ", old.partition("## Published models")[0], flags=re.MULTILINE)
-    now = {row.model_type: row.verdict for row in rows if not row.of_images}
-    return [name for name in streamed if not now.get(name, "streams").startswith(("streams", "wrong", "fails"))]
+    of_text, of_images = old.split("## Models of images and text")
+    table = of_text.partition("## Published models")[0]
+    streamed = [(name, False, False) for name in re.findall(r"^\| ([\w.-]+) \| ", table, flags=re.MULTILINE)]
+    found = re.findall(r"^\| ([\w.-]+) \| .* \| (\w+) \|$", of_images, flags=re.MULTILINE)
+    streamed += [(name, True, images == "stream") for name, images in found]
+    now = {(row.model_type, row.of_images): row for row in rows}
+    known = [(now[name, of_images], images) for name, of_images, images in streamed if (name, of_images) in now]
+    return [
+        row.model_type
+        for row, images in known
+        if not row.wrong and (row.verdict != "streams" or (images and row.images != "streams"))
+    ]
 
 
 def quiet() -> None:

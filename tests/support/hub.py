@@ -1,13 +1,14 @@
 """A Hub on the loopback address: what huggingface_hub asks of a server for model repositories, and no more.
 
 Files stand in memory. It speaks as the real one does to `huggingface_hub` 0.30 to 2.x: files at a revision, with their
-commit and ETag; what a repository has; commits of files sent as they are; tags.
+commit and ETag; what a repository has; commits of files, weights sent as large ones (LFS), and of deletions; tags.
 """
 
 import base64
 import hashlib
 import json
 import threading
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Optional
@@ -25,15 +26,17 @@ class Hub:
     def __init__(self):
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.tags: dict[str, dict[str, str]] = {}  # by repository, the commit of each
+        self.large: dict[str, bytes] = {}  # what was sent of large files, by SHA-256
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def commit(self, repo: str, files: dict[str, bytes]) -> str:
+    def commit(self, repo: str, files: dict[str, bytes], deleted: Iterable[str] = ()) -> str:
         """Commit `files` over those that `repo` has, making it if need be; returns the commit's hash."""
         commits = self.repositories.setdefault(repo, [])
         files = {**(commits[-1][1] if commits else {}), **files}
+        files = {path: content for path, content in files.items() if path not in {*deleted}}
         commits.append((hashlib.sha1(repr((len(commits), sorted(files.items()))).encode()).hexdigest(), files))
         return commits[-1][0]
 
@@ -82,6 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.serve()
 
+    def do_PUT(self) -> None:
+        self.serve()
+
     def serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
@@ -98,6 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(body={"url": f"{self.hub.url}/{repo}"})
         elif path == "/api/validate-yaml":
             return self.answer(body={"errors": [], "warnings": []})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [{"upload": {"href": f"{self.hub.url}/large/{each['oid']}"}} for each in objects]
+            return self.answer(body={"objects": [{**each, "actions": to} for each, to in zip(objects, actions)]})
+        elif self.command == "PUT" and parts[0] == "large":
+            self.hub.large[parts[1]] = body
+            return self.answer()
         else:
             return self.missing("RepoNotFound")
         found = self.hub.at(repo, rest[0] if rest else "main")
@@ -133,27 +146,37 @@ class _Handler(BaseHTTPRequestHandler):
         inside = {name: content for name, content in files.items() if name.startswith("/".join(path))}
         if path and not inside:
             return self.missing("EntryNotFound")
-        entries = [
-            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for name, content in inside.items()
-        ]
+        entries = [{"type": "file", "path": name, **_digests(name, content)} for name, content in inside.items()]
         self.answer(body=entries)
 
     def preupload(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
-        asked = json.loads(body)["files"]
-        self.answer(
-            body={
-                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked],
-                "commitOid": sha,
-            }
-        )
+        names = [file["path"] for file in json.loads(body)["files"]]
+        modes = ["lfs" if _is_large(name) else "regular" for name in names]
+        modes = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in zip(names, modes)]
+        self.answer(body={"files": modes, "commitOid": sha})
 
     def commit(self, repo: str, sha: str, files: dict[str, bytes], path: list[str], body: bytes) -> None:
-        operations = [json.loads(line) for line in body.splitlines()]
-        added = {
-            operation["value"]["path"]: base64.b64decode(operation["value"]["content"])
-            for operation in operations
-            if operation["key"] == "file"
-        }
-        sha = self.hub.commit(repo, added)
+        added, deleted = {}, []
+        for operation in map(json.loads, body.splitlines()):
+            key, value = operation["key"], operation["value"]
+            if key == "file":
+                added[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                added[value["path"]] = self.hub.large[value["oid"]]
+            elif key == "deletedFile":
+                deleted.append(value["path"])
+        sha = self.hub.commit(repo, added, deleted)
         self.answer(body={"commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "success": True})
+
+
+def _is_large(name: str) -> bool:
+    """Whether the Hub keeps a file apart, and git a pointer to it."""
+    return name.endswith(".safetensors")
+
+
+def _digests(name: str, content: bytes) -> dict:
+    """By what a listing tells the content of a file."""
+    digests: dict = {"size": len(content), "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    if _is_large(name):
+        digests["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return digests
