@@ -1029,6 +1029,7 @@ class CodedRing(Ring):
     def write_sinks(self, sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
         if min(plan.seen) < self.window.num_sinks:
             rows, columns, places = plan.writes(self.rows.device)
+            rows = rows if len(plan.pads) > 1 else slice(None)
             for name, each in states.items():
                 # Those that are no sinks go into a slot more, which is dropped.
                 more = torch.nn.functional.pad(sinks[name], (0, 0, 0, 1))
