@@ -778,8 +778,7 @@ class Ring:
         num_layers: how many layers have slots here.
         slots: what is kept of tokens, by name: `[layers, batch, kv_heads, window.length, ...]`. Here it is "keys" and
             "values" with `head_dim`. Empty before the first token.
-        apart: the sinks as tokens see them, by name: `[layers, batch, kv_heads, sinks, head_dim]`. Empty here, as they
-            are in their slots.
+        apart: what else is kept, by name: `[layers, batch, kv_heads, ...]`. Nothing here, as sinks are in their slots.
         pristine: float32 `[layers, batch, kv_heads, sinks, pairs, 2]`, what rotates of the sinks as the model made it.
             It is valid from the time when the sinks are first moved. None if nothing rotates.
         shifts: `[rows]`, by how many positions the sinks are moved; None while they are being moved.
@@ -802,7 +801,8 @@ class Ring:
         slots, apart = self._room_for(states)
         pristine = None
         if self.rotation is not None:
-            like = (apart or slots)[self.rotation.tensor][:, :, :, : self.window.num_sinks]
+            rotating = states[self.rotation.tensor]
+            like = rotating.new_empty(self.num_layers, *rotating.shape[:2], self.window.num_sinks, rotating.shape[-1])
             pristine = torch.zeros(self.rotation.pairs(like).shape, dtype=torch.float32, device=like.device)
         self._exchange(slots, apart, pristine)
 
@@ -836,7 +836,7 @@ class Ring:
     @property
     def sinks(self) -> dict[str, torch.Tensor]:
         """The sinks as tokens see them, by name: `[layers, batch, kv_heads, sinks, head_dim]`, views."""
-        return self.apart or {name: each[:, :, :, : self.window.num_sinks] for name, each in self.slots.items()}
+        return {name: each[:, :, :, : self.window.num_sinks] for name, each in self.slots.items()}
 
     def place_sinks(self, shifts: list[int]) -> None:
         """Move each row's sinks to `shifts` positions from where the model put them, if they are not there."""
@@ -907,9 +907,11 @@ class Ring:
         others = (each for each in (self.pristine, self.lowered.rotating) if each is not None)
         return [*self.slots.values(), *self.apart.values(), *others]
 
-    # What one of its layers keeps of tokens. `slots` and `sinks` are those of this layer from here on.
+    # What one of its layers keeps of tokens. `slots` and `apart` are those of this layer from here on.
 
-    def encode(self, states: dict[str, torch.Tensor], plan: UpdatePlan) -> dict[str, torch.Tensor]:
+    def encode(
+        self, states: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: UpdatePlan
+    ) -> dict[str, torch.Tensor]:
         """What is kept of new tokens, from their keys and values, `[batch, kv_heads, length, head_dim]` by name.
 
         Returns:
@@ -932,17 +934,19 @@ class Ring:
             for name, each in new.items():
                 slots[name][rows, :, places] = each[rows, :, columns]
 
-    def write_sinks(self, sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
+    def expect(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Before room is made, know what a file holds of a layer."""
+
+    def write_sinks(self, apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
         """Keep those of the new tokens that are sinks, if they lie apart."""
 
     def decode(
-        self, kept: dict[str, torch.Tensor], sinks: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
+        self, kept: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
     ) -> dict[str, torch.Tensor]:
         """What `kept` is as tokens see it, by name: `[batch, kv_heads, n, head_dim]`.
 
         Args:
             kept: of `n` columns, or of the first `n` slots.
-            sinks: of the layer.
             plan: of the update; None for keys in their frames.
             columns: which these are; see `UpdatePlan.turns`. The first slots are the sinks'.
         """
@@ -952,7 +956,7 @@ class Ring:
         self,
         states: dict[str, torch.Tensor],
         new: dict[str, torch.Tensor],
-        sinks: dict[str, torch.Tensor],
+        apart: dict[str, torch.Tensor],
         plan: UpdatePlan,
     ) -> dict[str, torch.Tensor]:
         """The keys and values of new tokens as tokens see them, of which `encode` made `new`."""
@@ -964,7 +968,7 @@ class Ring:
         self.next_slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
 
     def write_compiled(
-        self, slots: dict[str, torch.Tensor], sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
+        self, slots: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Take in one token of each row, by arithmetic on tensors alone, and return what is in all slots."""
         self._write_next(slots, states)
@@ -988,7 +992,13 @@ class CodedRing(Ring):
     has the keys. The offsets of a stream are multiples of the cycle where they can be. Then only keys that are older
     than the latest multiple are rotated, while these are in the window.
 
+    *Channels that stand out.* In some models a few channels of the keys are much larger than all others, whose codes
+    would be few. What `read_factors` finds of them divides the numbers first, by powers of two, which rounds nothing.
+
     Attributes:
+        factors: of each layer, `[kv_heads, head_dim]` by name; see `ModelTraits.factors`.
+        apart: the sinks as tokens see them, `[.., sinks, head_dim]`, by names with "sink_"; and where there are
+            factors, these by names with "_factor", `[.., 1, head_dim]`.
         slots: int8 codes by the names "keys" and "values", and bfloat16 scales, `[..., 1]`, by those with "_scale".
             Those in the slots of the sinks are not read.
         turns: float32 `[rows, 1, window.length, pairs, 2]`, by what compiled code rotates the keys in each slot.
@@ -998,60 +1008,99 @@ class CodedRing(Ring):
     turns: Optional[torch.Tensor] = None
     are_turned = False  # whether `turns` rotates any
 
+    def __init__(self, window: Window, rotation: Optional[Rotation]):
+        super().__init__(window, rotation)
+        self.factors: list[dict[str, torch.Tensor]] = []
+
     def _room_for(self, states: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         scales = {f"{name}_scale": each[..., :1] for name, each in states.items()}
         slots = self._zeros(states, self.window.length, torch.int8)
         slots |= self._zeros(scales, self.window.length, torch.bfloat16)
-        return slots, self._zeros(states, self.window.num_sinks)
+        sinks = self._zeros({f"sink_{name}": each for name, each in states.items()}, self.window.num_sinks)
+        return slots, sinks | self._factors_for(states)
+
+    def expect(self, tensors: dict[str, torch.Tensor]) -> None:
+        if not self.slots:  # all layers have room for factors that one has
+            factors = {name: tensors[f"{name}_factor"][0, :, 0] for name in tensors if f"{name}_factor" in tensors}
+            self.factors = [factors] * self.num_layers
+
+    def _factors_for(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The factors of each layer, `[layers, batch, kv_heads, 1, head_dim]`, by names with "_factor"."""
+        factors = {}
+        for name, each in states.items():
+            if any(name in of_layer for of_layer in self.factors):
+                ones = each.new_ones(each.shape[1], each.shape[-1], dtype=torch.float32)
+                of_layers = torch.stack([of_layer.get(name, ones).to(ones) for of_layer in self.factors])
+                factors[f"{name}_factor"] = of_layers[:, None, :, None].repeat(1, len(each), 1, 1, 1)
+        return factors
 
     def _moved_to(
         self, states: dict[str, torch.Tensor], part: slice
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        device = states["keys"].device
+        device, like = states["keys"].device, {f"sink_{name}": each for name, each in states.items()}
         slots = {name: each[part].to(device, copy=True) for name, each in self.slots.items()}
-        return slots, {name: each[part].to(states[name], copy=True) for name, each in self.apart.items()}
+        return slots, {name: each[part].to(like.get(name, device), copy=True) for name, each in self.apart.items()}
 
     def _exchange(self, *tensors: Any, **others: Any) -> None:
         super()._exchange(*tensors, turns=None, **others)
 
+    @property
+    def sinks(self) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("sink_"): each for name, each in self.apart.items() if name.startswith("sink_")}
+
     def lower_positions(self, offsets: list[int]) -> None:
         """Nothing is written: what is read is rotated."""
 
-    def encode(self, states: dict[str, torch.Tensor], plan: UpdatePlan) -> dict[str, torch.Tensor]:
+    def encode(
+        self, states: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: UpdatePlan
+    ) -> dict[str, torch.Tensor]:
         new = {}
         for name, each in states.items():
             numbers, turns = each.float(), self._turns(name, plan, "new")
             if turns is not None:
                 numbers = self.rotation.turn_(numbers.clone(), turns.conj())
-            new[name], new[f"{name}_scale"] = in_codes(numbers)
+            new |= self._in_codes(name, numbers, apart)
         return new
 
-    def write_sinks(self, sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
+    @staticmethod
+    def _in_codes(name: str, numbers: torch.Tensor, apart: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The codes of float32 `numbers`, `[batch, kv_heads, length, head_dim]`, and their scale, by name.
+
+        Where one of the numbers is not finite, the scale is not, and all are read as NaN.
+        """
+        if f"{name}_factor" in apart:
+            numbers = numbers / apart[f"{name}_factor"]
+        scale = numbers.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.bfloat16).tiny)
+        scale = scale.to(torch.bfloat16)
+        return {name: (numbers / scale).round_().clamp_(-127, 127).to(torch.int8), f"{name}_scale": scale}
+
+    def write_sinks(self, apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
         if min(plan.seen) < self.window.num_sinks:
             rows, columns, places = plan.writes(self.rows.device)
             rows = rows if len(plan.pads) > 1 else slice(None)
             for name, each in states.items():
                 # Those that are no sinks go into a slot more, which is dropped.
-                more = torch.nn.functional.pad(sinks[name], (0, 0, 0, 1))
+                more = torch.nn.functional.pad(apart[f"sink_{name}"], (0, 0, 0, 1))
                 more[rows, :, places.clamp(max=self.window.num_sinks)] = each[rows, :, columns]
-                sinks[name].copy_(more[:, :, :-1])
+                apart[f"sink_{name}"].copy_(more[:, :, :-1])
 
     def decode(
-        self, kept: dict[str, torch.Tensor], sinks: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
+        self, kept: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
     ) -> dict[str, torch.Tensor]:
+        names = [name for name in ("keys", "values") if name in kept]
         return {
-            name: self._numbers(kept, name, sink, self._turns(name, plan, columns), columns == "slots")
-            for name, sink in sinks.items()
+            name: self._numbers(name, kept, apart, self._turns(name, plan, columns), columns == "slots")
+            for name in names
         }
 
     def as_seen(
         self,
         states: dict[str, torch.Tensor],
         new: dict[str, torch.Tensor],
-        sinks: dict[str, torch.Tensor],
+        apart: dict[str, torch.Tensor],
         plan: UpdatePlan,
     ) -> dict[str, torch.Tensor]:
-        numbers = self.decode(new, sinks, plan, "new")
+        numbers = self.decode(new, apart, plan, "new")
         if min(plan.seen) < self.window.num_sinks:
             tokens = plan.tokens(0, self.rows.device)
             whole = ((tokens >= 0) & (tokens < self.window.num_sinks))[:, None, :, None]
@@ -1077,28 +1126,29 @@ class CodedRing(Ring):
             self.turns.copy_(torch.view_as_real(turns))
 
     def write_compiled(
-        self, slots: dict[str, torch.Tensor], sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
+        self, slots: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        new = {}
+        new, seen = {}, {}
         for name, each in states.items():
-            new[name], new[f"{name}_scale"] = in_codes(each.float())
+            new |= self._in_codes(name, each.float(), apart)
         self._write_next(slots, new)
-        numbers = {}
         for name, each in states.items():
-            whole = slots[name].float() * slots[f"{name}_scale"]
+            numbers = slots[name].float() * slots[f"{name}_scale"]
+            if f"{name}_factor" in apart:
+                numbers = numbers * apart[f"{name}_factor"]
             if self.rotation is not None and self.rotation.tensor == name:
-                pairs, turns = self.rotation.pairs(whole), self.turns
+                pairs, turns = self.rotation.pairs(numbers), self.turns
                 first = pairs[..., 0] * turns[..., 0] - pairs[..., 1] * turns[..., 1]
                 second = pairs[..., 0] * turns[..., 1] + pairs[..., 1] * turns[..., 0]
                 pairs.copy_(torch.stack([first, second], dim=-1))
-            numbers[name] = whole.to(each.dtype)
+            seen[name] = numbers.to(each.dtype)
             if self.window.num_sinks > 0:
                 place = self.next_slots.clamp(max=self.window.num_sinks - 1)
                 is_sink = (self.next_slots < self.window.num_sinks)[:, None, None]
-                sink = sinks[name]
-                sink[self.rows, :, place] = torch.where(is_sink, each[:, :, 0], sink[self.rows, :, place])
-                numbers[name][:, :, : self.window.num_sinks] = sink
-        return numbers
+                sinks = apart[f"sink_{name}"]
+                sinks[self.rows, :, place] = torch.where(is_sink, each[:, :, 0], sinks[self.rows, :, place])
+                seen[name][:, :, : self.window.num_sinks] = sinks
+        return seen
 
     def _turns(self, name: str, plan: Optional[UpdatePlan], columns: str) -> Optional[torch.Tensor]:
         """`plan.turns` if `name` is what rotates."""
@@ -1108,18 +1158,21 @@ class CodedRing(Ring):
 
     def _numbers(
         self,
-        kept: dict[str, torch.Tensor],
         name: str,
-        sinks: torch.Tensor,
+        kept: dict[str, torch.Tensor],
+        apart: dict[str, torch.Tensor],
         turns: Optional[torch.Tensor],
         by_slot: bool,
     ) -> torch.Tensor:
-        codes, scale = kept[name], kept[f"{name}_scale"]
-        if turns is None:
-            numbers = torch.empty(codes.shape, dtype=sinks.dtype, device=codes.device)
-            numbers.copy_(codes).mul_(scale)
-        else:
-            numbers = self.rotation.turn_(codes.float().mul_(scale), turns[:, :, : codes.shape[2]]).to(sinks.dtype)
+        """The keys or values in `kept`, with the sinks in the first slots if it is `by_slot`."""
+        codes, scale, factor = kept[name], kept[f"{name}_scale"], apart.get(f"{name}_factor")
+        sinks = apart[f"sink_{name}"]
+        dtype = sinks.dtype if turns is None else torch.float32
+        numbers = torch.empty(codes.shape, dtype=dtype, device=codes.device).copy_(codes).mul_(scale)
+        if factor is not None:
+            numbers.mul_(factor)
+        if turns is not None:
+            numbers = self.rotation.turn_(numbers, turns[:, :, : codes.shape[2]]).to(sinks.dtype)
         if by_slot:
             number = min(sinks.shape[2], codes.shape[2])
             numbers[:, :, :number] = sinks[:, :, :number]
@@ -1138,16 +1191,6 @@ def gather_slots(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return buffer.index_select(2, slots[0])
     batch, heads, _, head_dim = buffer.shape
     return buffer.gather(2, slots[:, None, :, None].expand(batch, heads, -1, head_dim))
-
-
-def in_codes(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The int8 codes of float32 `numbers`, `[..., head_dim]`, and their bfloat16 scale, `[..., 1]`.
-
-    Where one of the numbers is not finite, the scale is not, and all are read as NaN.
-    """
-    scale = numbers.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.bfloat16).tiny)
-    scale = scale.to(torch.bfloat16)
-    return (numbers / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -1191,7 +1234,7 @@ class SinkLayer(CacheLayerMixin):
     kind is a class of its own, and a line in `make_layers`.
 
     Attributes:
-        slots, sinks: its own of the ring's: views, `[batch, kv_heads, window.length or sinks, ...]`.
+        slots, apart, sinks: its own of the ring's: views, `[batch, kv_heads, ...]`.
         seen: the columns seen.
         undo: what can be taken back.
         record_past: whether what is evicted is kept until `take_back`, over several updates too.
@@ -1212,7 +1255,7 @@ class SinkLayer(CacheLayerMixin):
 
     def __init__(self, ring: Ring):
         self.ring, self.index = ring, ring.num_layers
-        self.slots, self.sinks = {}, {}
+        self.slots, self.apart, self.sinks = {}, {}, {}
         ring.num_layers += 1
         self.seen = 0
         self.undo = Undo(end=0, columns=0)
@@ -1231,10 +1274,10 @@ class SinkLayer(CacheLayerMixin):
 
     def numbers(self, plan: Optional[UpdatePlan] = None) -> dict[str, torch.Tensor]:
         """The keys and values in all slots as tokens see them after the update of `plan`, or in their frames."""
-        return self.ring.decode(self.slots, self.sinks, plan, "slots")
+        return self.ring.decode(self.slots, self.apart, plan, "slots")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("slots", "sinks")}
+        return {name: value for name, value in vars(self).items() if name not in ("slots", "apart", "sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -1260,9 +1303,11 @@ class SinkLayer(CacheLayerMixin):
 
     def _use(self, ring: Ring, index: int) -> None:
         """Keep tokens in the slots at `index` of `ring` from now on."""
-        slots, sinks = ({name: each[index] for name, each in tensors.items()} for tensors in (ring.slots, ring.sinks))
-        mark_static(*slots.values(), *sinks.values())
-        vars(self).update(ring=ring, index=index, slots=slots, sinks=sinks, is_initialized=True)
+        slots, apart, sinks = (
+            {name: each[index] for name, each in tensors.items()} for tensors in (ring.slots, ring.apart, ring.sinks)
+        )
+        mark_static(*slots.values(), *apart.values())
+        vars(self).update(ring=ring, index=index, slots=slots, apart=apart, sinks=sinks, is_initialized=True)
 
     @staticmethod
     def _fit(sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor]) -> bool:
@@ -1290,11 +1335,11 @@ class SinkLayer(CacheLayerMixin):
             self._have_slots_for(states)
         ring = self.ring
         ring.place_sinks(plan.sink_shifts)
-        new = ring.encode(states, plan)
+        new = ring.encode(states, self.apart, plan)
         if plan.length == 1:
             self._write(states, new, plan, self._undo_of_one(plan))
             kept = {name: each[:, :, : plan.num_keys] for name, each in self.slots.items()}
-            return ring.decode(kept, self.sinks, plan, "slots")
+            return ring.decode(kept, self.apart, plan, "slots")
         columns = "recent" if plan.sees_copies else "slots"
         if plan.sees_copies:
             old = self._gathered(plan.recent_slots(ring.rows.device))
@@ -1308,9 +1353,9 @@ class SinkLayer(CacheLayerMixin):
                 name: torch.cat([each[:, :, :gone], new[name][:, :, first_new]], dim=2) for name, each in old.items()
             }
         # What is seen of the old tokens is read, or else gathered, before new ones take their slots.
-        old = ring.decode(old, self.sinks, plan, columns)
+        old = ring.decode(old, self.apart, plan, columns)
         self._write(states, new, plan, self._recorded(Undo(plan.end, plan.length, evicted)))
-        seen = ring.as_seen(states, new, self.sinks, plan)
+        seen = ring.as_seen(states, new, self.apart, plan)
         seen = {name: [old[name], each] for name, each in seen.items()}
         if plan.sees_copies and ring.window.num_sinks > 0:  # whose sinks may be among the new tokens
             copies = self._sink_copies(plan)
@@ -1327,12 +1372,12 @@ class SinkLayer(CacheLayerMixin):
         """Put new tokens into their slots, with `undo` noted before and the columns counted after."""
         self.undo = undo
         self.ring.write(self.slots, new, plan)
-        self.ring.write_sinks(self.sinks, states, plan)
+        self.ring.write_sinks(self.apart, states, plan)
         self.seen = plan.end
 
     def write_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` with one token, in tensors alone: each row's goes into `ring.next_slots`, and all are returned."""
-        seen = self.ring.write_compiled(self.slots, self.sinks, {"keys": key_states, "values": value_states})
+        seen = self.ring.write_compiled(self.slots, self.apart, {"keys": key_states, "values": value_states})
         return seen["keys"], seen["values"]
 
     def _sink_copies(self, plan: UpdatePlan) -> dict[str, torch.Tensor]:
@@ -1425,8 +1470,7 @@ class SinkLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has of this layer, by name."""
-        apart = {f"sink_{name}": each for name, each in self.sinks.items()} if self.ring.apart else {}
-        return self.slots | apart
+        return self.slots | self.apart
 
     def memory(self) -> list[torch.Tensor]:
         """The tensors of which it consists, those of its ring, which it shares with others, among them."""
@@ -1438,6 +1482,7 @@ class SinkLayer(CacheLayerMixin):
         Its sinks are where the model put them, and its recent keys lower by `offsets` (`[rows]`).
         """
         states = {name: tensors.get(f"sink_{name}", tensors[name]) for name in ("keys", "values") if name in tensors}
+        self.ring.expect(tensors)
         self._have_slots_for(states)
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
@@ -2486,6 +2531,9 @@ class ModelTraits:
         brings_code: see the function of that name.
         inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
         rotates_by_axes: whether the same rotations move tokens that have another position on each axis, as of images.
+        factors: for each layer, by what the numbers of channels that stand out are divided where they are kept in 8
+            bits: float32 `[kv_heads, head_dim]` by the names "keys" and "values", if there are such channels. None
+            before `read_factors`.
     """
 
     rotations: list[Optional[Rotation]]
@@ -2506,6 +2554,7 @@ class ModelTraits:
     brings_code: bool
     inverts_masks: bool
     rotates_by_axes: bool
+    factors: Optional[list[dict[str, torch.Tensor]]] = None
 
     def __deepcopy__(self, memo: dict) -> "ModelTraits":
         return self  # they never change
@@ -2552,12 +2601,12 @@ def after_a_call(model: PreTrainedModel) -> None:
         stamp.leave_out_counters(model)
 
 
-def _remember_reach(model: PreTrainedModel, traits: ModelTraits, reach: int) -> None:
-    """Remember that `traits` hold up to `reach`, as was found by running `model`."""
+def _remember(model: PreTrainedModel, traits: ModelTraits) -> None:
+    """Remember `traits`, of which more was found by running `model`."""
     before, _ = _readings[model]
     stamp = Stamp(model, before.counters)
     stamp.numbers = before.numbers  # of when its fingerprint was read
-    _readings[model] = stamp, replace(traits, reach=reach)
+    _readings[model] = stamp, traits
 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
@@ -2700,7 +2749,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
                 _read_columns(stand_in, reach)
         else:
             _read_further_positions(stand_in, traits, reach, limit)
-    _remember_reach(model, traits, reach)
+    _remember(model, replace(traits, reach=reach))
 
 
 def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
@@ -2718,6 +2767,47 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
                 limit,
             )
     _refuse_change(model, reach, changed, allowed, limit)
+
+
+STANDS_OUT = 16  # times the median channel of its head; up to that, the codes of the others are many enough
+
+
+@torch.no_grad()
+def read_factors(model: PreTrainedModel, traits: ModelTraits) -> ModelTraits:
+    """`traits` with the `factors` of channels that stand out, by what `model` caches of a few short texts.
+
+    In some models a few channels of the keys are far larger than all others, in every token (arXiv:2402.02750).
+    """
+    if traits.factors is not None:
+        return traits
+    with without_hooks(model) as stand_in:
+        _, cache = _run(stand_in, some_tokens(stand_in, 16), None if traits.ordered else 0)
+    factors = []
+    for layer, rotation in zip(keys_and_values(cache), traits.rotations):
+        found = {name: _factors(layer[name], _of(rotation, name)) for name in ("keys", "values") if name in layer}
+        factors.append({name: each for name, each in found.items() if each is not None})
+    traits = replace(traits, factors=factors)
+    _remember(model, traits)
+    return traits
+
+
+def _factors(states: torch.Tensor, rotations: list[Rotation]) -> Optional[torch.Tensor]:
+    """Powers of two near how much larger each channel of `states` is than the median one of its head.
+
+    Args:
+        states: `[rows, kv_heads, tokens, head_dim]`. The first tokens are left out: they are no example of later ones.
+        rotations: the one by which `states` rotate, if they do. The two dimensions of a pair have the same factor.
+
+    Returns:
+        float32 `[kv_heads, head_dim]`, at least 1; None if no channel stands out.
+    """
+    sizes = states[:, :, 2:].float().abs()
+    for rotation in rotations:
+        pairs = rotation.pairs(sizes)
+        pairs.copy_(pairs.norm(dim=-1, keepdim=True).expand_as(pairs))
+    sizes = sizes.movedim(1, 0).flatten(1, 2).median(dim=1).values  # [kv_heads, head_dim]
+    ratios = sizes / sizes.median(dim=-1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)
+    return 2 ** ratios.clamp(min=1).log2().round() if ratios.max() >= STANDS_OUT else None
 
 
 def _of(rotation: Optional[Rotation], tensor: str) -> list[Rotation]:
@@ -3213,6 +3303,10 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
         else:
             layer_class = OrderedLayer if traits.ordered else SinkLayer
             layers.append(layer_class(ring_of(rotation, layout, kind_of_ring)))
+    if window.bits is not None:
+        for layer, factors in zip(layers, traits.factors):
+            if layer.follows_plan:
+                layer.ring.factors.append(factors)
     return layers
 
 
@@ -5210,6 +5304,8 @@ class SinkCache(Cache):
         device = model.device.type
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             traits = read_model(model)
+            if window.bits is not None:
+                traits = read_factors(model, traits)
         held_traits = self.held.traits if self.is_bound else None
         if bound_to is model and traits.rotations is held_traits.rotations:
             return self
@@ -6327,8 +6423,9 @@ class Drafter:
             raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
         stream = self.cache.held
         if depth is not None:
-            names = ("rotations", "index_rotations", "layouts")
-            traits = replace(stream.traits, **{name: getattr(stream.traits, name)[:depth] for name in names})
+            names = ("rotations", "index_rotations", "layouts", "factors")
+            of_layers = {name: getattr(stream.traits, name) for name in names}
+            traits = replace(stream.traits, **{name: each and each[:depth] for name, each in of_layers.items()})
             self.cache.held = Stream(window, traits)
         if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(

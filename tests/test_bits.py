@@ -330,3 +330,33 @@ def test_numbers_that_are_not_finite_stay_so_and_are_named(tmp_path):
     assert logits[0].isnan().all()
     with pytest.raises(ValueError, match="its 'values_scale.1' holds numbers that are not finite"):
         output[CACHE].save(tmp_path / "conversation")
+
+
+def with_large_channels(model, factor: float):
+    """`model` with two channels of each key `factor` times as large, and those of the queries as much smaller.
+
+    The two are a pair that rotates together, so what the model gives stays the same.
+    """
+    for layer in model.model.layers:
+        for projection, by in ((layer.self_attn.k_proj, factor), (layer.self_attn.q_proj, 1 / factor)):
+            heads = projection.weight.data.unflatten(0, (-1, 2, layer.self_attn.head_dim // 2))
+            heads[:, :, 1] *= by
+    return model
+
+
+def test_channels_that_stand_out(tmp_path):
+    # A power of 2, by which numbers are divided before they are coded: so the codes are those without it.
+    plain, model = small_model(), with_large_channels(small_model(), 64)
+    ids = prompt(70)
+    output, same = stream(model, ids, 40), stream(plain, ids, 40)
+    own = oracle(plain, same.sequences[0].tolist(), 16, 4)[69:-1]
+    cost = [off(torch.cat(each.logits), own).median() for each in (output, same)]
+    assert torch.equal(output.sequences, same.sequences)
+    assert cost[0] < 1.5 * cost[1]
+    # They go with a copy and a file, and are those of the file where the model's own would be others.
+    output[CACHE].save(tmp_path / "conversation")
+    with safetensors.safe_open(tmp_path / "conversation", "pt") as file:
+        assert set(file.get_tensor("keys_factor.0").unique().tolist()) == {1, 64}
+    loaded, said = SinkCache.load(tmp_path / "conversation", model), torch.cat([output.sequences, prompt(1)], dim=1)
+    expected = stream(model, said, 20, cache=copy.deepcopy(output[CACHE]))
+    assert torch.equal(torch.cat(stream(model, said, 20, cache=loaded).logits), torch.cat(expected.logits))
