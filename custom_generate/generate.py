@@ -741,6 +741,9 @@ def num_keys_of(layer: Any, length: int) -> int:
 #   than the layer has `seen`. That tells `Stream.settle` what to take back.
 
 
+Tensors = dict[str, torch.Tensor]  # by name
+
+
 def shared(thing: Any) -> Any:
     """An object that shares all of `thing`: what is set on it is not set on that."""
     twin = object.__new__(type(thing))
@@ -789,14 +792,14 @@ class Ring:
     def __init__(self, window: Window, rotation: Optional[Rotation]):
         self.window, self.rotation = window, rotation
         self.num_layers = 0
-        self.slots: dict[str, torch.Tensor] = {}
-        self.apart: dict[str, torch.Tensor] = {}
+        self.slots: Tensors = {}
+        self.apart: Tensors = {}
         self.pristine = self.rows = self.next_slots = None
         self.shifts: list[Optional[int]] = [0]
         self.lowered = Lowered([0])
 
     @torch.inference_mode(False)
-    def allocate(self, states: dict[str, torch.Tensor]) -> None:
+    def allocate(self, states: Tensors) -> None:
         """Make room for keys and values like these, by name: `[batch, kv_heads, seq, head_dim]`."""
         slots, apart = self._room_for(states)
         pristine = None
@@ -806,26 +809,18 @@ class Ring:
             pristine = torch.zeros(self.rotation.pairs(like).shape, dtype=torch.float32, device=like.device)
         self._exchange(slots, apart, pristine)
 
-    def _room_for(self, states: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _room_for(self, states: Tensors) -> tuple[Tensors, Tensors]:
         """New `slots` for `states`, and what lies `apart`."""
         return self._zeros(states, self.window.length), {}
 
-    def _zeros(
-        self, states: dict[str, torch.Tensor], number: int, dtype: Optional[torch.dtype] = None
-    ) -> dict[str, torch.Tensor]:
+    def _zeros(self, states: Tensors, number: int, dtype: Optional[torch.dtype] = None) -> Tensors:
         """Zeros for so many tokens of each layer, `[layers, batch, kv_heads, number, head_dim]`."""
         return {
             name: each.new_zeros(self.num_layers, *each.shape[:2], number, each.shape[-1], dtype=dtype)
             for name, each in states.items()
         }
 
-    def _exchange(
-        self,
-        slots: dict[str, torch.Tensor],
-        apart: dict[str, torch.Tensor],
-        pristine: Optional[torch.Tensor],
-        **others: Any,
-    ) -> None:
+    def _exchange(self, slots: Tensors, apart: Tensors, pristine: Optional[torch.Tensor], **others: Any) -> None:
         """Keep tokens in these tensors from now on, and have these `others` of its attributes, all at once."""
         keys = slots["keys"]
         rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
@@ -834,7 +829,7 @@ class Ring:
         vars(self).update(slots=slots, apart=apart, pristine=pristine, rows=rows, next_slots=next_slots, **others)
 
     @property
-    def sinks(self) -> dict[str, torch.Tensor]:
+    def sinks(self) -> Tensors:
         """The sinks as tokens see them, by name: `[layers, batch, kv_heads, sinks, head_dim]`, views."""
         return {name: each[:, :, :, : self.window.num_sinks] for name, each in self.slots.items()}
 
@@ -875,16 +870,14 @@ class Ring:
         self.lowered = Lowered(offsets)
 
     @torch.inference_mode(False)
-    def part(self, index: int, states: dict[str, torch.Tensor]) -> "Ring":
+    def part(self, index: int, states: Tensors) -> "Ring":
         """A ring of its own for the layer at `index`, on the device and in the dtype of states like these."""
         ring, part = shared(self), slice(index, index + 1)
         pristine = None if self.pristine is None else self.pristine[part].to(states["keys"].device, copy=True)
         ring._exchange(*ring._moved_to(states, part), pristine, num_layers=1)
         return ring
 
-    def _moved_to(
-        self, states: dict[str, torch.Tensor], part: slice
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _moved_to(self, states: Tensors, part: slice) -> tuple[Tensors, Tensors]:
         """`slots` and `apart` of some layers, where and as such states are."""
         return {name: each[part].to(states[name], copy=True) for name, each in self.slots.items()}, {}
 
@@ -909,9 +902,7 @@ class Ring:
 
     # What one of its layers keeps of tokens. `slots` and `apart` are those of this layer from here on.
 
-    def encode(
-        self, states: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: UpdatePlan
-    ) -> dict[str, torch.Tensor]:
+    def encode(self, states: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
         """What is kept of new tokens, from their keys and values, `[batch, kv_heads, length, head_dim]` by name.
 
         Returns:
@@ -919,7 +910,7 @@ class Ring:
         """
         return states
 
-    def write(self, slots: dict[str, torch.Tensor], new: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
+    def write(self, slots: Tensors, new: Tensors, plan: UpdatePlan) -> None:
         """Put into the `slots` of a layer what is kept of the `new` tokens."""
         if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
             slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
@@ -934,15 +925,13 @@ class Ring:
             for name, each in new.items():
                 slots[name][rows, :, places] = each[rows, :, columns]
 
-    def expect(self, tensors: dict[str, torch.Tensor]) -> None:
+    def expect(self, tensors: Tensors) -> None:
         """Before room is made, know what a file holds of a layer."""
 
-    def write_sinks(self, apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
+    def write_sinks(self, apart: Tensors, states: Tensors, plan: UpdatePlan) -> None:
         """Keep those of the new tokens that are sinks, if they lie apart."""
 
-    def decode(
-        self, kept: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
-    ) -> dict[str, torch.Tensor]:
+    def decode(self, kept: Tensors, apart: Tensors, plan: Optional[UpdatePlan], columns: str) -> Tensors:
         """What `kept` is as tokens see it, by name: `[batch, kv_heads, n, head_dim]`.
 
         Args:
@@ -952,13 +941,7 @@ class Ring:
         """
         return kept
 
-    def as_seen(
-        self,
-        states: dict[str, torch.Tensor],
-        new: dict[str, torch.Tensor],
-        apart: dict[str, torch.Tensor],
-        plan: UpdatePlan,
-    ) -> dict[str, torch.Tensor]:
+    def as_seen(self, states: Tensors, new: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
         """The keys and values of new tokens as tokens see them, of which `encode` made `new`."""
         return states
 
@@ -967,14 +950,12 @@ class Ring:
         self.place_sinks(plan.sink_shifts)
         self.next_slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
 
-    def write_compiled(
-        self, slots: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def write_compiled(self, slots: Tensors, apart: Tensors, states: Tensors) -> Tensors:
         """Take in one token of each row, by arithmetic on tensors alone, and return what is in all slots."""
         self._write_next(slots, states)
         return slots
 
-    def _write_next(self, slots: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
+    def _write_next(self, slots: Tensors, new: Tensors) -> None:
         """Put into `next_slots` what is kept of one token of each row."""
         for name, each in new.items():
             slots[name][self.rows, :, self.next_slots] = each[:, :, 0]
@@ -1010,21 +991,21 @@ class CodedRing(Ring):
 
     def __init__(self, window: Window, rotation: Optional[Rotation]):
         super().__init__(window, rotation)
-        self.factors: list[dict[str, torch.Tensor]] = []
+        self.factors: list[Tensors] = []
 
-    def _room_for(self, states: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _room_for(self, states: Tensors) -> tuple[Tensors, Tensors]:
         scales = {f"{name}_scale": each[..., :1] for name, each in states.items()}
         slots = self._zeros(states, self.window.length, torch.int8)
         slots |= self._zeros(scales, self.window.length, torch.bfloat16)
         sinks = self._zeros({f"sink_{name}": each for name, each in states.items()}, self.window.num_sinks)
         return slots, sinks | self._factors_for(states)
 
-    def expect(self, tensors: dict[str, torch.Tensor]) -> None:
+    def expect(self, tensors: Tensors) -> None:
         if not self.slots:  # all layers have room for factors that one has
             factors = {name: tensors[f"{name}_factor"][0, :, 0] for name in tensors if f"{name}_factor" in tensors}
             self.factors = [factors] * self.num_layers
 
-    def _factors_for(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _factors_for(self, states: Tensors) -> Tensors:
         """The factors of each layer, `[layers, batch, kv_heads, 1, head_dim]`, by names with "_factor"."""
         factors = {}
         for name, each in states.items():
@@ -1034,9 +1015,7 @@ class CodedRing(Ring):
                 factors[f"{name}_factor"] = of_layers[:, None, :, None].repeat(1, len(each), 1, 1, 1)
         return factors
 
-    def _moved_to(
-        self, states: dict[str, torch.Tensor], part: slice
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _moved_to(self, states: Tensors, part: slice) -> tuple[Tensors, Tensors]:
         device, like = states["keys"].device, {f"sink_{name}": each for name, each in states.items()}
         slots = {name: each[part].to(device, copy=True) for name, each in self.slots.items()}
         return slots, {name: each[part].to(like.get(name, device), copy=True) for name, each in self.apart.items()}
@@ -1045,15 +1024,13 @@ class CodedRing(Ring):
         super()._exchange(*tensors, turns=None, **others)
 
     @property
-    def sinks(self) -> dict[str, torch.Tensor]:
+    def sinks(self) -> Tensors:
         return {name.removeprefix("sink_"): each for name, each in self.apart.items() if name.startswith("sink_")}
 
     def lower_positions(self, offsets: list[int]) -> None:
         """Nothing is written: what is read is rotated."""
 
-    def encode(
-        self, states: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: UpdatePlan
-    ) -> dict[str, torch.Tensor]:
+    def encode(self, states: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
         new = {}
         for name, each in states.items():
             numbers, turns = each.float(), self._turns(name, plan, "new")
@@ -1063,7 +1040,7 @@ class CodedRing(Ring):
         return new
 
     @staticmethod
-    def _in_codes(name: str, numbers: torch.Tensor, apart: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _in_codes(name: str, numbers: torch.Tensor, apart: Tensors) -> Tensors:
         """The codes of float32 `numbers`, `[batch, kv_heads, length, head_dim]`, and their scale, by name.
 
         Where one of the numbers is not finite, the scale is not, and all are read as NaN.
@@ -1074,7 +1051,7 @@ class CodedRing(Ring):
         scale = scale.to(torch.bfloat16)
         return {name: (numbers / scale).round_().clamp_(-127, 127).to(torch.int8), f"{name}_scale": scale}
 
-    def write_sinks(self, apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor], plan: UpdatePlan) -> None:
+    def write_sinks(self, apart: Tensors, states: Tensors, plan: UpdatePlan) -> None:
         if min(plan.seen) < self.window.num_sinks:
             rows, columns, places = plan.writes(self.rows.device)
             rows = rows if len(plan.pads) > 1 else slice(None)
@@ -1084,22 +1061,14 @@ class CodedRing(Ring):
                 more[rows, :, places.clamp(max=self.window.num_sinks)] = each[rows, :, columns]
                 apart[f"sink_{name}"].copy_(more[:, :, :-1])
 
-    def decode(
-        self, kept: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], plan: Optional[UpdatePlan], columns: str
-    ) -> dict[str, torch.Tensor]:
+    def decode(self, kept: Tensors, apart: Tensors, plan: Optional[UpdatePlan], columns: str) -> Tensors:
         names = [name for name in ("keys", "values") if name in kept]
         return {
             name: self._numbers(name, kept, apart, self._turns(name, plan, columns), columns == "slots")
             for name in names
         }
 
-    def as_seen(
-        self,
-        states: dict[str, torch.Tensor],
-        new: dict[str, torch.Tensor],
-        apart: dict[str, torch.Tensor],
-        plan: UpdatePlan,
-    ) -> dict[str, torch.Tensor]:
+    def as_seen(self, states: Tensors, new: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
         numbers = self.decode(new, apart, plan, "new")
         if min(plan.seen) < self.window.num_sinks:
             tokens = plan.tokens(0, self.rows.device)
@@ -1125,9 +1094,7 @@ class CodedRing(Ring):
         else:
             self.turns.copy_(torch.view_as_real(turns))
 
-    def write_compiled(
-        self, slots: dict[str, torch.Tensor], apart: dict[str, torch.Tensor], states: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def write_compiled(self, slots: Tensors, apart: Tensors, states: Tensors) -> Tensors:
         new, seen = {}, {}
         for name, each in states.items():
             new |= self._in_codes(name, each.float(), apart)
@@ -1159,8 +1126,8 @@ class CodedRing(Ring):
     def _numbers(
         self,
         name: str,
-        kept: dict[str, torch.Tensor],
-        apart: dict[str, torch.Tensor],
+        kept: Tensors,
+        apart: Tensors,
         turns: Optional[torch.Tensor],
         by_slot: bool,
     ) -> torch.Tensor:
@@ -1208,7 +1175,7 @@ class Undo:
 
     end: int
     columns: int
-    evicted: Optional[dict[str, torch.Tensor]] = None
+    evicted: Optional[Tensors] = None
     offsets: tuple[int, ...] = (0,)
 
     def at(self, offsets: list[int], rotation: Optional[Rotation]) -> "Undo":
@@ -1272,7 +1239,7 @@ class SinkLayer(CacheLayerMixin):
         """The same of values."""
         return self.numbers().get("values")
 
-    def numbers(self, plan: Optional[UpdatePlan] = None) -> dict[str, torch.Tensor]:
+    def numbers(self, plan: Optional[UpdatePlan] = None) -> Tensors:
         """The keys and values in all slots as tokens see them after the update of `plan`, or in their frames."""
         return self.ring.decode(self.slots, self.apart, plan, "slots")
 
@@ -1288,7 +1255,7 @@ class SinkLayer(CacheLayerMixin):
         """As `take_in` does it for the first tokens."""
         self._have_slots_for({"keys": key_states, "values": value_states})
 
-    def _have_slots_for(self, states: dict[str, torch.Tensor]) -> None:
+    def _have_slots_for(self, states: Tensors) -> None:
         """Have slots for keys and values like these, by name: `[batch, kv_heads, seq, head_dim]`, on their device.
 
         The layers of a ring may come to lie on several devices, or to have several dtypes. A layer that does not fit to
@@ -1310,7 +1277,7 @@ class SinkLayer(CacheLayerMixin):
         vars(self).update(ring=ring, index=index, slots=slots, apart=apart, sinks=sinks, is_initialized=True)
 
     @staticmethod
-    def _fit(sinks: dict[str, torch.Tensor], states: dict[str, torch.Tensor]) -> bool:
+    def _fit(sinks: Tensors, states: Tensors) -> bool:
         """Whether the `sinks` of buffers have the device and dtypes of `states`; not so after a call under autocast."""
         return bool(sinks) and all(
             (sinks[name].device, sinks[name].dtype) == (each.device, each.dtype) for name, each in states.items()
@@ -1329,7 +1296,7 @@ class SinkLayer(CacheLayerMixin):
         seen = self.take_in({"keys": key_states, "values": value_states}, plan)
         return seen["keys"], seen["values"]
 
-    def take_in(self, states: dict[str, torch.Tensor], plan: UpdatePlan) -> dict[str, torch.Tensor]:
+    def take_in(self, states: Tensors, plan: UpdatePlan) -> Tensors:
         """`update`, with keys and values by name."""
         if not self._fit(self.sinks, states):
             self._have_slots_for(states)
@@ -1362,13 +1329,11 @@ class SinkLayer(CacheLayerMixin):
             seen = {name: [copies[name], *each] for name, each in seen.items()}
         return {name: torch.cat(each, dim=2) for name, each in seen.items()}
 
-    def _gathered(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _gathered(self, slots: torch.Tensor) -> Tensors:
         """What is in `slots`, int64 `[rows, n]`."""
         return {name: gather_slots(each, slots) for name, each in self.slots.items()}
 
-    def _write(
-        self, states: dict[str, torch.Tensor], new: dict[str, torch.Tensor], plan: UpdatePlan, undo: Undo
-    ) -> None:
+    def _write(self, states: Tensors, new: Tensors, plan: UpdatePlan, undo: Undo) -> None:
         """Put new tokens into their slots, with `undo` noted before and the columns counted after."""
         self.undo = undo
         self.ring.write(self.slots, new, plan)
@@ -1380,7 +1345,7 @@ class SinkLayer(CacheLayerMixin):
         seen = self.ring.write_compiled(self.slots, self.apart, {"keys": key_states, "values": value_states})
         return seen["keys"], seen["values"]
 
-    def _sink_copies(self, plan: UpdatePlan) -> dict[str, torch.Tensor]:
+    def _sink_copies(self, plan: UpdatePlan) -> Tensors:
         """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
         rotation = self.ring.rotation
         copies = {  # [.., length, num_sinks, head_dim]
@@ -1468,7 +1433,7 @@ class SinkLayer(CacheLayerMixin):
         """The columns after each part of the layer: more than one number if an update was cut short."""
         return {self.seen, self.undo.end}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Tensors:
         """What a file has of this layer, by name."""
         return self.slots | self.apart
 
@@ -1476,7 +1441,7 @@ class SinkLayer(CacheLayerMixin):
         """The tensors of which it consists, those of its ring, which it shares with others, among them."""
         return [*self.ring.tensors(), *(self.undo.evicted or {}).values()]
 
-    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+    def restore(self, tensors: Tensors, seen: int, offsets: list[int]) -> None:
         """Hold these `tensors` of `seen` columns, in a layer that is new.
 
         Its sinks are where the model put them, and its recent keys lower by `offsets` (`[rows]`).
@@ -1592,14 +1557,14 @@ class IndexedLayer(SinkLayer):
     def progress(self) -> set[int]:
         return super().progress() | self.indexer.progress()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Tensors:
         index = self.indexer.tensors()
         return super().tensors() | ({"indexer_keys": index["keys"]} if index else {})
 
     def memory(self) -> list[torch.Tensor]:
         return super().memory() + self.indexer.memory()
 
-    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+    def restore(self, tensors: Tensors, seen: int, offsets: list[int]) -> None:
         super().restore(tensors, seen, offsets)
         self.indexer.restore({"keys": tensors["indexer_keys"]}, seen, offsets)
 
