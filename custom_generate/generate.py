@@ -309,7 +309,7 @@ class UpdatePlan:
             of: "new", the new columns; "recent", those of `recent_slots`; or "slots", those in each slot after a token.
 
         Returns:
-            complex64 `[rows, 1, columns, pairs]`, or None if none is rotated. Made once for all layers.
+            float32 `[2, rows, 1, columns, pairs]`, or None if none is rotated. Made once for all layers.
         """
         key = of, id(rotation), device
         if key not in self._turns:
@@ -317,7 +317,7 @@ class UpdatePlan:
             self._turns[key] = None
             if distances.any():
                 distances, places = distances.unique(return_inverse=True)  # few: one for each cycle
-                self._turns[key] = rotation.turns(distances, device)[places.to(device)[:, None]]
+                self._turns[key] = rotation.turns(distances, device)[:, places.to(device)[:, None]]
         return self._turns[key]
 
     def _distances_from_frames(self, of: str) -> torch.Tensor:
@@ -479,7 +479,7 @@ class Rotation:
         return rotating.unflatten(-1, (pairs, 2)) if self.interleaved else rotating.unflatten(-1, (2, pairs)).mT
 
     def turns(self, distances: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """What pairs are multiplied by to rotate them by `distances`, as complex numbers.
+        """The cosines and sines by which pairs are rotated by `distances`.
 
         Angles are computed in float64. In float32 their own rounding shows after some ten thousand positions.
 
@@ -487,10 +487,10 @@ class Rotation:
             distances: a number of positions for each vector of pairs, float64 on the CPU.
 
         Returns:
-            complex64 `[*distances.shape, pairs]` on `device`.
+            float32 `[2, *distances.shape, pairs]` on `device`.
         """
         angles = distances[..., None] * self.frequencies
-        return torch.polar(torch.ones_like(angles), angles).to(device, torch.complex64)
+        return torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
 
     def rotated(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """`pairs` rotated by `distances`, a number of positions for each vector of pairs.
@@ -499,24 +499,24 @@ class Rotation:
             pairs: of `Rotation.pairs`, in float32: `[..., pairs, 2]`.
             distances: float64 on the CPU, in a shape that broadcasts to the dimensions of `pairs` before the last two.
         """
-        return turned(pairs, self.turns(distances, pairs.device))
+        return torch.stack(turned(pairs, self.turns(distances, pairs.device)), dim=-1)
 
     def rotate_(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
         """Rotate each row of `keys` (`[rows, kv_heads, seq, head_dim]`) in place, with one rounding to their dtype."""
         return self.turn_(keys, self.turns(each_row(distances), keys.device))
 
     def turn_(self, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Rotate `keys` (`[rows, kv_heads, seq, head_dim]`) in place by complex `turns`, with one rounding."""
+        """Rotate `keys`, `[..., head_dim]`, in place by `turns`, `[2, ..., pairs]`, with one rounding to their dtype."""
         pairs = self.pairs(keys)
-        pairs.copy_(turned(pairs.float(), turns))
+        for part, states in zip(pairs.unbind(-1), turned(pairs.float(), turns)):
+            part.copy_(states)
         return keys
 
 
-def turned(pairs: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """`pairs`, float32 `[..., pairs, 2]`, as complex numbers times `turns`, complex64 `[..., pairs]`."""
-    if pairs.numel() == 0:  # which has strides of any kind
-        return pairs
-    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+def turned(pairs: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts, `[..., pairs]`, of `pairs`, float32 `[..., pairs, 2]`, rotated by the angles of `turns`."""
+    (first, second), (cosines, sines) = pairs.unbind(-1), turns
+    return first * cosines - second * sines, first * sines + second * cosines
 
 
 def distances(before: Sequence[int], after: Sequence[int]) -> list[int]:
@@ -982,7 +982,7 @@ class CodedRing(Ring):
             factors, these by names with "_factor", `[.., 1, head_dim]`.
         slots: int8 codes by the names "keys" and "values", and bfloat16 scales, `[..., 1]`, by those with "_scale".
             Those in the slots of the sinks are not read.
-        turns: float32 `[rows, 1, window.length, pairs, 2]`, by what compiled code rotates the keys in each slot.
+        turns: float32 `[2, rows, 1, window.length, pairs]`, by what compiled code rotates the keys in each slot.
             None before the first compiled step.
     """
 
@@ -1035,7 +1035,7 @@ class CodedRing(Ring):
         for name, each in states.items():
             numbers, turns = each.float(), self._turns(name, plan, "new")
             if turns is not None:
-                numbers = self.rotation.turn_(numbers.clone(), turns.conj())
+                numbers = self.rotation.turn_(numbers.clone(), torch.stack([turns[0], -turns[1]]))
             new |= self._in_codes(name, numbers, apart)
         return new
 
@@ -1084,15 +1084,15 @@ class CodedRing(Ring):
         turns, rows = plan.turns("slots", self.rotation, self.rows.device), len(plan.pads)
         if self.turns is None:
             pairs = self.rotation.frequencies.numel()
-            self.turns = torch.zeros(rows, 1, self.window.length, pairs, 2, device=self.rows.device)
+            self.turns = torch.zeros(2, rows, 1, self.window.length, pairs, device=self.rows.device)
             mark_static(self.turns)
         elif turns is None and not self.are_turned:
             return
         self.are_turned = turns is not None
         if turns is None:
-            self.turns.copy_(torch.tensor([1.0, 0.0], device="cpu"))
+            self.turns[0], self.turns[1] = 1, 0
         else:
-            self.turns.copy_(torch.view_as_real(turns))
+            self.turns.copy_(turns)
 
     def write_compiled(self, slots: Tensors, apart: Tensors, states: Tensors) -> Tensors:
         new, seen = {}, {}
@@ -1104,10 +1104,7 @@ class CodedRing(Ring):
             if f"{name}_factor" in apart:
                 numbers = numbers * apart[f"{name}_factor"]
             if self.rotation is not None and self.rotation.tensor == name:
-                pairs, turns = self.rotation.pairs(numbers), self.turns
-                first = pairs[..., 0] * turns[..., 0] - pairs[..., 1] * turns[..., 1]
-                second = pairs[..., 0] * turns[..., 1] + pairs[..., 1] * turns[..., 0]
-                pairs.copy_(torch.stack([first, second], dim=-1))
+                self.rotation.turn_(numbers, self.turns)
             seen[name] = numbers.to(each.dtype)
             if self.window.num_sinks > 0:
                 place = self.next_slots.clamp(max=self.window.num_sinks - 1)
@@ -1139,7 +1136,7 @@ class CodedRing(Ring):
         if factor is not None:
             numbers.mul_(factor)
         if turns is not None:
-            numbers = self.rotation.turn_(numbers, turns[:, :, : codes.shape[2]]).to(sinks.dtype)
+            numbers = self.rotation.turn_(numbers, turns[:, :, :, : codes.shape[2]]).to(sinks.dtype)
         if by_slot:
             number = min(sinks.shape[2], codes.shape[2])
             numbers[:, :, :number] = sinks[:, :, :number]
@@ -1352,8 +1349,8 @@ class SinkLayer(CacheLayerMixin):
             name: each[:, :, None].repeat(1, 1, plan.length, 1, 1) for name, each in self.sinks.items()
         }
         if rotation is not None:
-            rotating = rotation.pairs(copies[rotation.tensor])
-            rotating.copy_(rotation.rotated(rotating.float(), plan.copy_shifts[:, None, :, None]))
+            rotating = copies[rotation.tensor]
+            rotation.turn_(rotating, rotation.turns(plan.copy_shifts[:, None, :, None], rotating.device))
         return {name: each.flatten(2, 3) for name, each in copies.items()}
 
     def _undo_of_one(self, plan: UpdatePlan) -> Undo:
