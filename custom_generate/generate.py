@@ -506,7 +506,7 @@ class Rotation:
         return self.turn_(keys, self.turns(each_row(distances), keys.device))
 
     def turn_(self, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Rotate `keys`, `[..., head_dim]`, in place by `turns`, `[2, ..., pairs]`, with one rounding to their dtype."""
+        """Rotate `keys`, `[..., head_dim]`, in place by `turns`, `[2, ..., pairs]`, with one rounding."""
         pairs = self.pairs(keys)
         for part, states in zip(pairs.unbind(-1), turned(pairs.float(), turns)):
             part.copy_(states)

@@ -10,7 +10,7 @@ import json
 import pytest
 import safetensors
 import torch
-from transformers import BloomConfig, CompileConfig
+from transformers import BloomConfig, CompileConfig, cache_utils
 
 from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support.helpers import at_the_ends, left_padded, on_the_newest, prompt, seeded, small_model
@@ -245,6 +245,17 @@ def test_layers_of_several_kinds(name):
     again = stream(model, prompt(20), 40, prefill_chunk_size=3)
     assert off(torch.cat(output.logits), torch.cat(again.logits)).median() < 1e-5
     assert output[CACHE].nbytes < stream(model, prompt(20), 40, cache=SinkCache(16, 4))[CACHE].nbytes
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "DynamicIndexedLayer"), reason="this release caches no keys of an index")
+@pytest.mark.ends_only
+def test_attention_that_chooses_by_an_index():
+    from tests.test_indexed import indexed
+
+    model = indexed()
+    output = stream(model, prompt(40, seed=7), 40, seed=7)
+    assert_exact(model, output, 40)
+    assert output[CACHE].layers[0].indexer.keys.dtype == torch.float32  # it chooses, so it stays whole
 
 
 @pytest.mark.ends_only
