@@ -371,3 +371,13 @@ def test_channels_that_stand_out(tmp_path):
     loaded, said = SinkCache.load(tmp_path / "conversation", model), torch.cat([output.sequences, prompt(1)], dim=1)
     expected = stream(model, said, 20, cache=copy.deepcopy(output[CACHE]))
     assert torch.equal(torch.cat(stream(model, said, 20, cache=loaded).logits), torch.cat(expected.logits))
+
+
+def test_a_model_called_by_itself():
+    # It makes positions itself, which reach a cycle's end before the stream would lower them.
+    model, ids = small_model(max_position_embeddings=40), prompt(40)
+    cache = SinkCache(**WINDOW).bind(model)
+    with torch.no_grad():
+        logits = torch.cat([model(token, use_cache=True, **{CACHE: cache}).logits[0] for token in ids.split(1, 1)])
+    assert cache.held.cycle < 40
+    assert_right(logits, expected(model, ids[0].tolist(), cache))
