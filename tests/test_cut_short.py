@@ -2,6 +2,8 @@
 
 import copy
 import sys
+import types
+import weakref
 
 import pytest
 import torch
@@ -18,9 +20,41 @@ TOKENS = random_tokens(60)
 FILE = SinkCache.update.__code__.co_filename
 
 
+def state_of(value, known: dict):
+    """All that hangs on a cache, to be compared: of tensors the numbers, and which of them share memory.
+
+    Args:
+        known: what was met before, each with a number.
+    """
+    if isinstance(value, (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)):
+        return value
+    if isinstance(value, (type, torch.nn.Module, types.FunctionType, weakref.ref)):
+        return id(value)
+    if id(value) in known:
+        return "known", known[id(value)]
+    known[id(value)] = len(known)
+    if isinstance(value, torch.Tensor):
+        memory = known.setdefault(("memory", value.untyped_storage().data_ptr()), len(known))
+        numbers = value.numpy().tobytes()
+        return memory, value.storage_offset(), value.stride(), value.shape, value.dtype, numbers
+    if isinstance(value, dict):
+        return tuple((state_of(key, known), state_of(each, known)) for key, each in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return type(value), *(state_of(each, known) for each in value)
+    names = {name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)}
+    names |= set(getattr(value, "__dict__", {}))
+    if not names:
+        return id(value)
+    return type(value), *((name, state_of(getattr(value, name), known)) for name in sorted(names))
+
+
 def cut_at_each_line(start, operation):
-    """Copies of `start`, with `operation` cut short at one line of the file after the other; the last one is whole."""
+    """Copies of `start`, with `operation` cut short at one line of the file after the other; the last one is whole.
+
+    Most lines leave what another left. Of copies that are alike one comes.
+    """
     line = whole = 0
+    states = set()
     while not whole:
         cache, left = copy.deepcopy(start), line
 
@@ -43,7 +77,9 @@ def cut_at_each_line(start, operation):
             pass
         finally:
             sys.settrace(None)
-        yield cache
+        if whole or (state := state_of(cache, {})) not in states:
+            yield cache
+            states.add(state)
         line += 1
     assert line > 20
 
