@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import multiprocessing
 import re
 import signal
@@ -686,7 +687,8 @@ def no_longer(rows: list[Row], old: str) -> list[str]:
 
 
 def quiet() -> None:
-    """Make a worker silent, and leave the other core to the other one."""
+    """Make a worker silent, leave the other core to the other one, and what was imported out of the collector."""
+    gc.freeze()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
