@@ -439,7 +439,10 @@ def _difference(model: PreTrainedModel, reference: Callable[[], PreTrainedModel]
         logits += output.logits
         said = output.sequences
         lower_ceiling(cache)
-    its_oracle = oracle_in_order if any(isinstance(layer, OrderedLayer) for layer in cache.layers) else oracle
+    ordered = any(isinstance(layer, OrderedLayer) for layer in cache.layers)
+    if not ordered and cache.get_seq_length() - min(cache.held.offsets) > CEILING:
+        raise RuntimeError(f"positions passed {CEILING}")
+    its_oracle = oracle_in_order if ordered else oracle
     expected = its_oracle(reference(), said[0].tolist(), WINDOW_LENGTH, NUM_SINK_TOKENS)
     return difference(torch.cat(logits), expected[steps])
 
