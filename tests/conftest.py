@@ -29,6 +29,8 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"  # large files go as they did before
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch starts processes to compile in, each of which imports torch for more than what it then compiles.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Nor need it try what the compiler can do for each kind of processor, which takes longer than what it compiles.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_report_header() -> str:

@@ -249,6 +249,7 @@ def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, several):
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled():
     model, tokens = small_model(num_hidden_layers=1), prompt(26)
     counting(model, "its forward", None)
