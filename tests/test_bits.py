@@ -25,7 +25,8 @@ CALL = dict(do_sample=True, return_dict_in_generate=True, output_logits=True)
 def stream(model, ids, number=60, window=(16, 4), cache=None, seed=0, **kwargs):
     cache = SinkCache(*window, kv_bits=8) if cache is None else cache
     with seeded(seed):
-        settings = dict(max_new_tokens=number, min_new_tokens=number) | CALL | kwargs
+        settings = dict(max_new_tokens=number, min_new_tokens=number, attention_mask=torch.ones_like(ids))
+        settings |= CALL | kwargs
         return generate(model, input_ids=ids, past_key_values=cache, **settings)
 
 
@@ -142,7 +143,7 @@ def test_turns_copies_and_files_are_one_stream(tmp_path):
         cache.save(tmp_path / "conversation")
         copied, loaded = copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model)
         assert loaded.kv_bits == copied.kv_bits == 8
-        assert [torch.equal(one, other) for one, other in zip(loaded.key_cache, cache.key_cache)] == [True] * model.config.num_hidden_layers
+        assert all(torch.equal(one, other) for one, other in zip(loaded.key_cache, cache.key_cache))
         said = torch.cat([said, prompt(1 + turn, seed=turn)], dim=1)
         outputs = [stream(model, said, 9, cache=each) for each in (cache, copied, loaded)]
         for output in outputs:
