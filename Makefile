@@ -11,7 +11,7 @@ SMOLLM2 := .cache/SmolLM2-135M-Instruct
 # What is compiled stays, whatever the shell says: Python starts some hundred times here, in 6 seconds instead of 14.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo chat test quick matrix releases models lint ahead architectures perplexity recall prefill update decode assisted turns flat endless peers gpu push clean
+.PHONY: help demo chat test quick matrix releases models lint ahead architectures perplexity recall bits prefill update decode assisted turns flat endless peers gpu push clean
 
 help:
 	@echo 'make demo     a story past a small window, and what the sinks are for   (ARGS="--window-length 256 --max-new-tokens 2000")'
@@ -27,6 +27,7 @@ help:
 	@echo
 	@echo 'What the README says in figures; all of them measure a GPU if there is one:'
 	@echo 'make perplexity   perplexity, memory and time along a text: the picture of the README'
+	@echo 'make bits     windows of 8 bits beside those of 16: perplexity at as many bytes, and at as many tokens'
 	@echo 'make recall       what a window forgets: questions about lines some way back'
 	@echo 'make prefill      what the chunks of a long prompt take in time and memory, beside one forward pass'
 	@echo "make assisted     tokens a second with and without drafts, and an assistant's memory"
@@ -82,6 +83,9 @@ prefill assisted decode flat: .venv/ready $(SMOLLM2)
 
 turns: .venv/ready .cache/plot $(SMOLLM2)
 	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.turns $(ARGS)
+
+bits: .venv/ready .cache/plot $(SMOLLM2)
+	PYTHONPATH=.cache/plot .venv/bin/python -m benchmarks.$@ $(ARGS)
 
 update endless: .venv/ready
 	.venv/bin/python -m benchmarks.$@ $(ARGS)

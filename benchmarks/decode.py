@@ -24,8 +24,11 @@ TARGETS = (
     ("ours", "dynamic", 1.03),
     ("ours, compiled", "static, compiled", 1.02),
     ("ours, compiled", "sliding, compiled", 1.02),
+    ("8 bits", "ours", 1.25),
+    ("8 bits, compiled", "ours, compiled", 1.10),
 )
-CONTESTANTS = ("ours", "ours, compiled", "dynamic", "static", "static, compiled", "sliding, compiled")
+CONTESTANTS = ("ours", "ours, compiled", "8 bits", "8 bits, compiled")
+CONTESTANTS += ("dynamic", "static", "static, compiled", "sliding, compiled")
 
 
 class Contestant:
@@ -36,6 +39,7 @@ class Contestant:
         self.model = sliding(model, window) if self.kind == "sliding" else model
         self.cache = {
             "ours": lambda: SinkCache(window, sinks).bind(self.model),
+            "8 bits": lambda: SinkCache(window, sinks, kv_bits=8).bind(self.model),
             "dynamic": lambda: DynamicCache(config=self.model.config),
             "static": lambda: StaticCache(self.model.config, max_cache_len=window),
             "sliding": lambda: StaticCache(self.model.config, max_cache_len=window),
@@ -46,7 +50,8 @@ class Contestant:
         self.ids = torch.randint(1, model.config.vocab_size, (batch, window), device=model.device)
         self.ids = self.ids[:, : window - {"dynamic": BLOCK // 2, "static": BLOCK}.get(self.kind, 0)]
         # By chunks, as a mask over all of a long prompt would not fit into memory, and not compiled for them.
-        chunks = {} if self.kind == "ours" else {"prefill_chunk_size": 1024}
+        self.is_ours = isinstance(self.cache, SinkCache)
+        chunks = {} if self.is_ours else {"prefill_chunk_size": 1024}
         self.generate(1, disable_compile=True, **chunks)
 
     def generate(self, new_tokens: int, **kwargs) -> list[float]:
@@ -55,7 +60,7 @@ class Contestant:
         settings = {CACHE: self.cache, "max_new_tokens": new_tokens, "streamer": clock}
         settings |= self.settings | kwargs
         settings["attention_mask"] = self.ids.new_ones(len(self.ids), length)
-        call = generate if self.kind == "ours" else type(self.model).generate
+        call = generate if self.is_ours else type(self.model).generate
         self.ids = call(self.model, input_ids=self.ids, **settings)[:, -1:]
         self.seen = length + new_tokens - 1
         return [after - before for before, after in zip(clock.times[1:], clock.times[2:])]

@@ -10,6 +10,7 @@ What was measured stands in `results/` as it comes; a run that was cut off goes 
 and what is there already isn't measured again. Several may run side by side.
 
 sink        this cache, with each of the given numbers of sinks
+sink-8-bits the same with `kv_bits=8`
 full        a cache that keeps all
 window      this cache without sinks: what a plain sliding window is
 old         the `SinkCache` of transformers until 4.52, as `generate` drives it: each token at its place in the text
@@ -37,6 +38,7 @@ from custom_generate.generate import CACHE, SinkCache
 
 NAMES = {
     "sink": "sink cache",
+    "sink-8-bits": "sink cache, 8 bits",
     "full": "full cache",
     "window": "window without sinks",
     "old": "old cache",
@@ -57,8 +59,9 @@ class Reader:
     def __init__(self, kind: str, model: PreTrainedModel, window_length: int, num_sink_tokens: int):
         self.kind, self.model, self.window_length = kind, model, window_length
         self.cache: Any = None  # a full one the model makes itself, as it likes it
-        if kind in ("sink", "window"):
-            self.cache = SinkCache(window_length, num_sink_tokens).bind(model)
+        if kind in ("sink", "sink-8-bits", "window"):
+            bits = 8 if kind == "sink-8-bits" else None
+            self.cache = SinkCache(window_length, num_sink_tokens, bits).bind(model)
         elif kind == "old":
             self.cache = transformers.SinkCache(window_length, num_sink_tokens)
 
@@ -288,7 +291,7 @@ def main() -> None:
     for kind in arguments.caches:
         windows = arguments.window_length if kind != "full" else [0]
         for window in windows:
-            for sinks in arguments.num_sink_tokens if kind in ("sink", "old") else [0]:
+            for sinks in arguments.num_sink_tokens if kind in ("sink", "sink-8-bits", "old") else [0]:
                 run = dict(cache=kind, window_length=window, num_sink_tokens=sinks, dtype=named(arguments.dtype))
                 run["stride"] = arguments.stride or (64 if kind == "recomputed" else 1)
                 measure(Reader(kind, model, window, sinks), run, tokens, arguments.every, file)

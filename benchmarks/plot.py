@@ -15,6 +15,9 @@ STYLES = {
     "full cache": dict(color="#0072B2", linewidth=2, linestyle="--"),
     "old cache": dict(color="#CC79A7", linewidth=2),
     "window without sinks": dict(color="#009E73", linewidth=2, linestyle="-."),
+    "window of 16 bits": dict(color="#0072B2", linewidth=2, linestyle="--"),
+    "window of 8 bits": dict(color="#D55E00", linewidth=4, zorder=3),
+    "sink cache, 8 bits": dict(color="#E69F00", linewidth=3, linestyle=(0, (5, 1))),
     "recomputation": dict(color="#000000", linewidth=2, linestyle=":"),
 }
 

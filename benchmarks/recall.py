@@ -6,7 +6,8 @@
 The stream is lines of the standard library's documentation, shuffled, no two the same. Every few lines it is asked for
 some that it was told so many lines ago: a line's first 8 tokens are the question, its next 2 the answer, which must be
 those that the model finds most likely. (Small models can't answer more than that: facts of one form they mix up.) Lines
-that were never told are asked for too, to know what can be guessed. Each question is asked on a copy of the cache, so
+that were never told are asked for too, to know what can be guessed. The window of 8 bits takes as many bytes as one of
+16 bits, so it is longer. Each question is asked on a copy of the cache, so
 that none helps the next.
 """
 
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import plot
+from benchmarks.bits import same_bytes
 from benchmarks.measure import Table, described, load_with_tokenizer, parsed
 from benchmarks.perplexity import NAMES, SMOLLM2, Reader, rows_of, text_of
 
@@ -60,7 +62,7 @@ def draw(file: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"a model id or folder (default: {SMOLLM2})")
-    parser.add_argument("--caches", nargs="+", choices=NAMES, default=["full", "sink", "window"])
+    parser.add_argument("--caches", nargs="+", choices=NAMES, default=["full", "sink", "sink-8-bits", "window"])
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
     parser.add_argument("--lines", type=int, default=200, help="of the stream")
@@ -84,7 +86,10 @@ def main() -> None:
     slug = re.sub(r"\W+", "-", Path(arguments.model or SMOLLM2).name.lower())
     table = Table(f"recall-{slug}-{arguments.device.type}", described(arguments.device, arguments.dtype))
     for kind in arguments.caches:
-        reader = Reader(kind, model, arguments.window_length, arguments.num_sink_tokens if kind == "sink" else 0)
+        sinks, window = arguments.num_sink_tokens if "sink" in kind else 0, arguments.window_length
+        if kind == "sink-8-bits":
+            window = same_bytes(copy.deepcopy(model).bfloat16(), window, sinks)
+        reader = Reader(kind, model, window, sinks)
         right: dict[int, list[bool]] = {back: [] for back in [*arguments.back, 0]}  # 0: never told
         read, to_come = 0, iter(untold)
         for number, line in enumerate(tqdm(told, desc=kind, unit="line", leave=False), start=1):
@@ -96,7 +101,7 @@ def main() -> None:
                     about = told[number - back] if back else next(to_come)
                     of_it.append(answered(reader, stream[:read], about))
         for back, of_it in right.items():
-            row = {"cache": NAMES[kind], "window": arguments.window_length, "lines back": back or "never told"}
+            row = {"cache": NAMES[kind], "window": window, "lines back": back or "never told"}
             row |= {"tokens back": round(length * back), "asked": len(of_it), "right": sum(of_it)}
             table.add(**row)
     if plot.CAN_DRAW:

@@ -80,10 +80,12 @@ class Window:
     Args:
         length: the most tokens kept, sinks included (`window_length`).
         num_sinks: how many of them are the first of the row (`num_sink_tokens`).
+        bits: in how many each number of the recent tokens is kept (`kv_bits`): 8, or None for as the model made it.
     """
 
     length: int
     num_sinks: int
+    bits: Optional[int] = None
 
     @property
     def recent(self) -> int:
@@ -219,6 +221,7 @@ class UpdatePlan:
         positions: those of the tokens; None if these are their numbers.
         sees_until: where tokens see later ones, as those of an image do, by the kind of layer in which they do, or for
             None if all are alike: int64 `[rows, length]` on the CPU, for each column the one after the last it sees.
+        cycle: where keys are kept in 8 bits, the length of their frames; see `CodedRing`.
 
     Attributes:
         seen, num_new: `[rows]`, the tokens seen before this update, and the new ones.
@@ -244,8 +247,10 @@ class UpdatePlan:
         offsets: list[int],
         positions: Optional[Positions] = None,
         sees_until: Optional[dict[Optional[str], torch.Tensor]] = None,
+        cycle: Optional[int] = None,
     ):
         self.window, self.start, self.length, self.pads, self.offsets = window, start, length, pads, offsets
+        self.cycle = cycle
         self.end, self.positions, self.sees_until = start + length, positions, sees_until or {}
         self.seen = [max(start - pad, 0) for pad in pads]
         self.num_new = [min(length, max(self.end - pad, 0)) for pad in pads]
@@ -268,6 +273,7 @@ class UpdatePlan:
         rows_differ = min(self.kept) < max(self.kept) or min(self.num_new) < length
         self.needs_mask = self.sees_copies or rows_differ or bool(self.sees_until)
         self._indices: dict[torch.device, tuple] = {}
+        self._turns: dict[tuple, Optional[torch.Tensor]] = {}
         self._slots_in_order: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -293,6 +299,41 @@ class UpdatePlan:
         oldest = tokens - self.window.recent + 1 + torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None]
         moved = self.positions.of(oldest) - self.positions.of_first_behind(self.window, self.pads)
         return moved.masked_fill(tokens < self.window.length, 0)
+
+    def turns(self, of: str, rotation: "Rotation", device: torch.device) -> Optional[torch.Tensor]:
+        """By what the keys in some columns are rotated from their frames to where this update has them.
+
+        Args:
+            of: "new", the new columns; "recent", those of `recent_slots`; or "slots", those in each slot after a token.
+
+        Returns:
+            float32 `[2, rows, 1, columns, pairs]`, or None if none is rotated. Made once for all layers.
+        """
+        key = of, id(rotation), device
+        if key not in self._turns:
+            distances = self._distances_from_frames(of)
+            self._turns[key] = None
+            if distances.any():
+                distances, places = distances.unique(return_inverse=True)  # few: one for each cycle
+                self._turns[key] = rotation.turns(distances, device)[:, places.to(device)[:, None]]
+        return self._turns[key]
+
+    def _distances_from_frames(self, of: str) -> torch.Tensor:
+        """The same in positions: float64 `[rows, columns]` on the CPU."""
+        tokens = self.tokens(0 if of == "new" else -self.num_recent, torch.device("cpu"))
+        if of == "recent":
+            tokens = tokens[:, : self.num_recent]
+        elif of == "slots":  # the latest token that goes into each
+            slots = torch.arange(self.window.length, dtype=torch.long, device="cpu")
+            last = tokens[:, -1:]
+            behind = self.window.slots(last) - slots
+            tokens = torch.where(slots < self.window.num_sinks, slots, last - behind % self.window.recent)
+        positions = tokens
+        if self.positions is not None:
+            positions = self.positions.of(tokens + torch.tensor(self.pads, dtype=torch.long, device="cpu")[:, None])
+        offsets = torch.tensor(self.offsets, dtype=torch.long, device="cpu")[:, None]
+        moved = positions - positions % self.cycle - offsets
+        return moved.masked_fill(tokens < self.window.num_sinks, 0).double()
 
     def recent_slots(self, device: torch.device) -> torch.Tensor:
         """The slots of the recent tokens, in order; any slot where a row has fewer: int64 `[rows, num_recent]`."""
@@ -431,24 +472,45 @@ class Rotation:
         rotating = keys[..., self.start : self.start + 2 * pairs]
         return rotating.unflatten(-1, (pairs, 2)) if self.interleaved else rotating.unflatten(-1, (2, pairs)).mT
 
-    def rotated(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """`pairs` rotated by `distances`, a number of positions for each vector of pairs.
+    def turns(self, distances: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The cosines and sines by which pairs are rotated by `distances`.
 
         Angles are computed in float64. In float32 their own rounding shows after some ten thousand positions.
+
+        Args:
+            distances: a number of positions for each vector of pairs, float64 on the CPU.
+
+        Returns:
+            float32 `[2, *distances.shape, pairs]` on `device`.
+        """
+        angles = distances[..., None] * self.frequencies
+        return torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
+
+    def rotated(self, pairs: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """`pairs` rotated by `distances`, a number of positions for each vector of pairs.
 
         Args:
             pairs: of `Rotation.pairs`, in float32: `[..., pairs, 2]`.
             distances: float64 on the CPU, in a shape that broadcasts to the dimensions of `pairs` before the last two.
         """
-        angles = distances[..., None] * self.frequencies
-        rotations = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
-        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotations)
+        return torch.stack(turned(pairs, self.turns(distances, pairs.device)), dim=-1)
 
     def rotate_(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
         """Rotate each row of `keys` (`[rows, kv_heads, seq, head_dim]`) in place, with one rounding to their dtype."""
+        return self.turn_(keys, self.turns(each_row(distances), keys.device))
+
+    def turn_(self, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Rotate `keys`, `[..., head_dim]`, in place by `turns`, `[2, ..., pairs]`, with one rounding."""
         pairs = self.pairs(keys)
-        pairs.copy_(self.rotated(pairs.float(), each_row(distances)))
+        for part, states in zip(pairs.unbind(-1), turned(pairs.float(), turns)):
+            part.copy_(states)
         return keys
+
+
+def turned(pairs: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts, `[..., pairs]`, of `pairs`, float32 `[..., pairs, 2]`, rotated by the angles of `turns`."""
+    (first, second), (cosines, sines) = pairs.unbind(-1), turns
+    return first * cosines - second * sines, first * sines + second * cosines
 
 
 def distances(before: Sequence[int], after: Sequence[int]) -> list[int]:
@@ -619,6 +681,12 @@ def keeps_state(layer: Any) -> bool:
 def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
     """What one of transformers' own layers keeps, by name: keys, values and recurrent states."""
     tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None} | states_of(layer)
+
+
+def states_of(layer: Any) -> dict[str, torch.Tensor]:
+    """The recurrent states that a layer keeps, by name."""
+    tensors = {}
     for name in ("conv_states", "recurrent_states"):
         tensors |= {f"{name}.{state_idx}": state for state_idx, state in getattr(layer, name, {}).items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -664,6 +732,9 @@ def num_keys_of(layer: Any, length: int) -> int:
 #   than the layer has `seen`. That tells `Stream.settle` what to take back.
 
 
+Tensors = dict[str, torch.Tensor]  # by name
+
+
 def shared(thing: Any) -> Any:
     """An object that shares all of `thing`: what is set on it is not set on that."""
     twin = object.__new__(type(thing))
@@ -691,66 +762,79 @@ class Lowered:
 class Ring:
     """The slots of equal layers in one piece of memory, so that the sinks of all are moved together, once a step.
 
+    In the slots, keys and values are as the model made them. `CodedRing` has fewer bits there.
+
     Args:
         window: which tokens are kept, and in which slots.
         rotation: how these layers rotate their keys; None if they don't.
 
     Attributes:
         num_layers: how many layers have slots here.
-        keys, values: `[layers, batch, kv_heads, window.length, head_dim]`; None before the first token.
-        sinks: float32 `[layers, batch, kv_heads, sinks, pairs, 2]`, what rotates of the sinks as the model made it. It
-            is valid from the time when the sinks in the slots are first moved. None if nothing rotates.
-        shifts: `[rows]`, by how many positions the sinks in the slots are moved; None while they are being moved.
+        slots: what is kept of tokens, by name: `[layers, batch, kv_heads, window.length, ...]`. Here it is "keys" and
+            "values" with `head_dim`. Empty before the first token.
+        apart: what else is kept, by name: `[layers, batch, kv_heads, ...]`. Nothing here, as sinks are in their slots.
+        pristine: float32 `[layers, batch, kv_heads, sinks, pairs, 2]`, what rotates of the sinks as the model made it.
+            It is valid from the time when the sinks are first moved. None if nothing rotates.
+        shifts: `[rows]`, by how many positions the sinks are moved; None while they are being moved.
         lowered: by how many the recent keys are.
-        rows, slots: int64 `[batch]`, where compiled code writes each row's token.
+        rows, next_slots: int64 `[batch]`, where compiled code writes each row's token.
     """
 
     def __init__(self, window: Window, rotation: Optional[Rotation]):
         self.window, self.rotation = window, rotation
         self.num_layers = 0
-        self.keys = self.values = self.sinks = self.rows = self.slots = None
+        self.slots: Tensors = {}
+        self.apart: Tensors = {}
+        self.pristine = self.rows = self.next_slots = None
         self.shifts: list[Optional[int]] = [0]
         self.lowered = Lowered([0])
 
     @torch.inference_mode(False)
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for keys and values like these, `[batch, kv_heads, seq, head_dim]`."""
-        keys, values = (
-            states.new_zeros(self.num_layers, *states.shape[:2], self.window.length, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-        sinks = None
+    def allocate(self, states: Tensors) -> None:
+        """Make room for keys and values like these, by name: `[batch, kv_heads, seq, head_dim]`."""
+        slots, apart = self._room_for(states)
+        pristine = None
         if self.rotation is not None:
-            of_sinks = self.rotation.pairs(self._rotating(keys, values)[:, :, :, : self.window.num_sinks])
-            sinks = torch.zeros(of_sinks.shape, dtype=torch.float32, device=keys.device)
-        self._exchange(keys, values, sinks)
+            rotating = states[self.rotation.tensor]
+            like = rotating.new_empty(self.num_layers, *rotating.shape[:2], self.window.num_sinks, rotating.shape[-1])
+            pristine = torch.zeros(self.rotation.pairs(like).shape, dtype=torch.float32, device=like.device)
+        self._exchange(slots, apart, pristine)
 
-    def _exchange(self, keys: torch.Tensor, values: torch.Tensor, sinks: Optional[torch.Tensor], **others: Any) -> None:
+    def _room_for(self, states: Tensors) -> tuple[Tensors, Tensors]:
+        """New `slots` for `states`, and what lies `apart`."""
+        return self._zeros(states, self.window.length), {}
+
+    def _zeros(self, states: Tensors, number: int, dtype: Optional[torch.dtype] = None) -> Tensors:
+        """Zeros for so many tokens of each layer, `[layers, batch, kv_heads, number, head_dim]`."""
+        return {
+            name: each.new_zeros(self.num_layers, *each.shape[:2], number, each.shape[-1], dtype=dtype)
+            for name, each in states.items()
+        }
+
+    def _exchange(self, slots: Tensors, apart: Tensors, pristine: Optional[torch.Tensor], **others: Any) -> None:
         """Keep tokens in these tensors from now on, and have these `others` of its attributes, all at once."""
+        keys = slots["keys"]
         rows = torch.arange(keys.shape[1], dtype=torch.long, device=keys.device)
-        slots = torch.zeros_like(rows)
-        mark_static(rows, slots)
-        vars(self).update(keys=keys, values=values, sinks=sinks, rows=rows, slots=slots, **others)
+        next_slots = torch.zeros_like(rows)
+        mark_static(rows, next_slots)
+        vars(self).update(slots=slots, apart=apart, pristine=pristine, rows=rows, next_slots=next_slots, **others)
 
-    def _rotating(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Which of the two rotates."""
-        return values if self.rotation.tensor == "values" else keys
-
-    def _rotary_part(self, slots: slice) -> torch.Tensor:
-        """What rotates in these slots: a view, `[layers, batch, kv_heads, slots, pairs, 2]`."""
-        return self.rotation.pairs(self._rotating(self.keys, self.values)[:, :, :, slots])
+    @property
+    def sinks(self) -> Tensors:
+        """The sinks as tokens see them, by name: `[layers, batch, kv_heads, sinks, head_dim]`, views."""
+        return {name: each[:, :, :, : self.window.num_sinks] for name, each in self.slots.items()}
 
     def place_sinks(self, shifts: list[int]) -> None:
         """Move each row's sinks to `shifts` positions from where the model put them, if they are not there."""
         moves = shifts != self.shifts and (any(shifts) or any(shift != 0 for shift in self.shifts))
         if not moves or self.rotation is None or self.window.num_sinks == 0:
             return
-        in_slots = self._rotary_part(slice(0, self.window.num_sinks))
+        rotating = self.rotation.pairs(self.sinks[self.rotation.tensor])
         if 0 in self.shifts:  # in some rows they move for the first time
-            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=in_slots.device)
-            self.sinks.copy_(torch.where(unmoved[:, None, None, None, None], in_slots.float(), self.sinks))
-        self.shifts = [None] * len(shifts)  # after an interrupt, `sinks` still has them as the model made them
-        in_slots.copy_(self.rotation.rotated(self.sinks, each_row(shifts)))
+            unmoved = torch.tensor([shift == 0 for shift in self.shifts], dtype=torch.bool, device=rotating.device)
+            self.pristine.copy_(torch.where(unmoved[:, None, None, None, None], rotating.float(), self.pristine))
+        self.shifts = [None] * len(shifts)  # after an interrupt, `pristine` still has them as the model made them
+        rotating.copy_(self.rotation.rotated(self.pristine, each_row(shifts)))
         self.shifts = shifts
 
     def lower_positions(self, offsets: list[int]) -> None:
@@ -767,8 +851,8 @@ class Ring:
     def _lower_to(self, offsets: list[int]) -> None:
         """Lower the recent keys layer by layer, for less memory, from the layer at which that was cut short on."""
         back = [-distance for distance in distances(self.lowered.offsets, offsets)]
-        if self.rotation is not None and self.keys is not None and any(back):
-            recent = self._rotary_part(slice(self.window.num_sinks, None))
+        if self.rotation is not None and self.slots and any(back):
+            recent = self.rotation.pairs(self.slots[self.rotation.tensor][:, :, :, self.window.num_sinks :])
             for layer in range(self.lowered.layer, self.num_layers):
                 if self.lowered.target is None or self.lowered.layer < layer:
                     rotating = self.rotation.rotated(recent[layer].float(), each_row(back))
@@ -777,28 +861,277 @@ class Ring:
         self.lowered = Lowered(offsets)
 
     @torch.inference_mode(False)
-    def part(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> "Ring":
+    def part(self, index: int, states: Tensors) -> "Ring":
         """A ring of its own for the layer at `index`, on the device and in the dtype of states like these."""
         ring, part = shared(self), slice(index, index + 1)
-        sinks = None if self.sinks is None else self.sinks[part].to(key_states.device, copy=True)
-        keys, values = self.keys[part].to(key_states, copy=True), self.values[part].to(value_states, copy=True)
-        ring._exchange(keys, values, sinks, num_layers=1)
+        pristine = None if self.pristine is None else self.pristine[part].to(states["keys"].device, copy=True)
+        ring._exchange(*ring._moved_to(states, part), pristine, num_layers=1)
         return ring
+
+    def _moved_to(self, states: Tensors, part: slice) -> tuple[Tensors, Tensors]:
+        """`slots` and `apart` of some layers, where and as such states are."""
+        return {name: each[part].to(states[name], copy=True) for name, each in self.slots.items()}, {}
 
     def with_rows(self, indices: torch.Tensor) -> "Ring":
         """A copy whose row `i` of the batch is row `indices[i]` here."""
         ring = shared(self)
         ring.shifts = numbers_of_rows(self.shifts, indices)
         ring.lowered = Lowered(numbers_of_rows(self.lowered.offsets, indices))
-        if self.keys is not None:
-            tensors = (self.keys, self.values, self.sinks)
-            rows = indices.to(self.keys.device)
-            ring._exchange(*(None if tensor is None else tensor.index_select(1, rows) for tensor in tensors))
+        if self.slots:
+            rows = indices.to(self.rows.device)
+            slots, apart = (
+                {name: each.index_select(1, rows) for name, each in tensors.items()}
+                for tensors in (self.slots, self.apart)
+            )
+            ring._exchange(slots, apart, None if self.pristine is None else self.pristine.index_select(1, rows))
         return ring
 
     def tensors(self) -> list[torch.Tensor]:
         """All that holds something of a token."""
-        return [tensor for tensor in (self.keys, self.values, self.sinks, self.lowered.rotating) if tensor is not None]
+        others = (each for each in (self.pristine, self.lowered.rotating) if each is not None)
+        return [*self.slots.values(), *self.apart.values(), *others]
+
+    # What one of its layers keeps of tokens. `slots` and `apart` are those of this layer from here on.
+
+    def encode(self, states: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
+        """What is kept of new tokens, from their keys and values, `[batch, kv_heads, length, head_dim]` by name.
+
+        Returns:
+            By the names of `slots`: `[batch, kv_heads, length, ...]`.
+        """
+        return states
+
+    def write(self, slots: Tensors, new: Tensors, plan: UpdatePlan) -> None:
+        """Put into the `slots` of a layer what is kept of the `new` tokens."""
+        if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
+            slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
+            for name, each in new.items():
+                slots[name][:, :, slot] = each
+        elif plan.length == 1 and min(plan.num_new) == 1:  # as all rows are new, two indices less
+            rows, _, places = plan.writes(self.rows.device)
+            for name, each in new.items():
+                slots[name][rows, :, places] = each[:, :, 0]
+        else:
+            rows, columns, places = plan.writes(self.rows.device)
+            for name, each in new.items():
+                slots[name][rows, :, places] = each[rows, :, columns]
+
+    def expect(self, tensors: Tensors) -> None:
+        """Before room is made, know what a file holds of a layer."""
+
+    def write_sinks(self, apart: Tensors, states: Tensors, plan: UpdatePlan) -> None:
+        """Keep those of the new tokens that are sinks, if they lie apart."""
+
+    def decode(self, kept: Tensors, apart: Tensors, plan: Optional[UpdatePlan], columns: str) -> Tensors:
+        """What `kept` is as tokens see it, by name: `[batch, kv_heads, n, head_dim]`.
+
+        Args:
+            kept: of `n` columns, or of the first `n` slots.
+            plan: of the update; None for keys in their frames.
+            columns: which these are; see `UpdatePlan.turns`. The first slots are the sinks'.
+        """
+        return kept
+
+    def as_seen(self, states: Tensors, new: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
+        """The keys and values of new tokens as tokens see them, of which `encode` made `new`."""
+        return states
+
+    def prepare_compiled(self, plan: UpdatePlan) -> None:
+        """Before a compiled step, see to all that is not arithmetic on tensors."""
+        self.place_sinks(plan.sink_shifts)
+        self.next_slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
+
+    def write_compiled(self, slots: Tensors, apart: Tensors, states: Tensors) -> Tensors:
+        """Take in one token of each row, by arithmetic on tensors alone, and return what is in all slots."""
+        self._write_next(slots, states)
+        return slots
+
+    def _write_next(self, slots: Tensors, new: Tensors) -> None:
+        """Put into `next_slots` what is kept of one token of each row."""
+        for name, each in new.items():
+            slots[name][self.rows, :, self.next_slots] = each[:, :, 0]
+
+
+class CodedRing(Ring):
+    """A `Ring` that keeps recent tokens in 8 bits (`kv_bits=8`), and the sinks apart as the model made them.
+
+    A token's key, and its value, is int8 codes times one scale for each head, which is its largest number / 127. The
+    scale is bfloat16, and the codes are chosen for it as it is rounded. New tokens see themselves and each other in
+    this form too, as later ones will. So what a token is in the cache is a rule of the token alone.
+
+    *Frames.* To rotate codes would round them again. So a key is coded as it is in a frame that follows from its
+    position alone, `position % cycle`, and never changes. What is read is rotated from the frames to where an update
+    has the keys. The offsets of a stream are multiples of the cycle where they can be. Then only keys that are older
+    than the latest multiple are rotated, while these are in the window.
+
+    *Channels that stand out.* In some models a few channels of the keys are much larger than all others, whose codes
+    would be few. What `read_factors` finds of them divides the numbers first, by powers of two, which rounds nothing.
+
+    Attributes:
+        factors: of each layer, `[kv_heads, head_dim]` by name; see `ModelTraits.factors`.
+        apart: the sinks as tokens see them, `[.., sinks, head_dim]`, by names with "sink_"; and where there are
+            factors, these by names with "_factor", `[.., 1, head_dim]`.
+        slots: int8 codes by the names "keys" and "values", and bfloat16 scales, `[..., 1]`, by those with "_scale".
+            Those in the slots of the sinks are not read.
+        turns: float32 `[2, rows, 1, window.length, pairs]`, by what compiled code rotates the keys in each slot.
+            None before the first compiled step.
+    """
+
+    turns: Optional[torch.Tensor] = None
+    are_turned = False  # whether `turns` rotates any
+
+    def __init__(self, window: Window, rotation: Optional[Rotation]):
+        super().__init__(window, rotation)
+        self.factors: list[Tensors] = []
+
+    def _room_for(self, states: Tensors) -> tuple[Tensors, Tensors]:
+        scales = {f"{name}_scale": each[..., :1] for name, each in states.items()}
+        slots = self._zeros(states, self.window.length, torch.int8)
+        slots |= self._zeros(scales, self.window.length, torch.bfloat16)
+        sinks = self._zeros({f"sink_{name}": each for name, each in states.items()}, self.window.num_sinks)
+        return slots, sinks | self._factors_for(states)
+
+    def expect(self, tensors: Tensors) -> None:
+        if not self.slots:  # all layers have room for factors that one has
+            factors = {name: tensors[f"{name}_factor"][0, :, 0] for name in tensors if f"{name}_factor" in tensors}
+            self.factors = [factors] * self.num_layers
+
+    def _factors_for(self, states: Tensors) -> Tensors:
+        """The factors of each layer, `[layers, batch, kv_heads, 1, head_dim]`, by names with "_factor"."""
+        factors = {}
+        for name, each in states.items():
+            if any(name in of_layer for of_layer in self.factors):
+                ones = each.new_ones(each.shape[1], each.shape[-1], dtype=torch.float32)
+                of_layers = torch.stack([of_layer.get(name, ones).to(ones) for of_layer in self.factors])
+                factors[f"{name}_factor"] = of_layers[:, None, :, None].repeat(1, len(each), 1, 1, 1)
+        return factors
+
+    def _moved_to(self, states: Tensors, part: slice) -> tuple[Tensors, Tensors]:
+        device, like = states["keys"].device, {f"sink_{name}": each for name, each in states.items()}
+        slots = {name: each[part].to(device, copy=True) for name, each in self.slots.items()}
+        return slots, {name: each[part].to(like.get(name, device), copy=True) for name, each in self.apart.items()}
+
+    def _exchange(self, *tensors: Any, **others: Any) -> None:
+        super()._exchange(*tensors, turns=None, **others)
+
+    @property
+    def sinks(self) -> Tensors:
+        return {name.removeprefix("sink_"): each for name, each in self.apart.items() if name.startswith("sink_")}
+
+    def lower_positions(self, offsets: list[int]) -> None:
+        """Nothing is written: what is read is rotated."""
+
+    def encode(self, states: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
+        new = {}
+        for name, each in states.items():
+            numbers, turns = each.float(), self._turns(name, plan, "new")
+            if turns is not None:
+                numbers = self.rotation.turn_(numbers.clone(), torch.stack([turns[0], -turns[1]]))
+            new |= self._in_codes(name, numbers, apart)
+        return new
+
+    @staticmethod
+    def _in_codes(name: str, numbers: torch.Tensor, apart: Tensors) -> Tensors:
+        """The codes of float32 `numbers`, `[batch, kv_heads, length, head_dim]`, and their scale, by name.
+
+        Where one of the numbers is not finite, the scale is not, and all are read as NaN.
+        """
+        if f"{name}_factor" in apart:
+            numbers = numbers / apart[f"{name}_factor"]
+        scale = numbers.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.bfloat16).tiny)
+        scale = scale.to(torch.bfloat16)
+        return {name: (numbers / scale).round_().clamp_(-127, 127).to(torch.int8), f"{name}_scale": scale}
+
+    def write_sinks(self, apart: Tensors, states: Tensors, plan: UpdatePlan) -> None:
+        if min(plan.seen) < self.window.num_sinks:
+            rows, columns, places = plan.writes(self.rows.device)
+            rows = rows if len(plan.pads) > 1 else slice(None)
+            for name, each in states.items():
+                # Those that are no sinks go into a slot more, which is dropped.
+                more = torch.nn.functional.pad(apart[f"sink_{name}"], (0, 0, 0, 1))
+                more[rows, :, places.clamp(max=self.window.num_sinks)] = each[rows, :, columns]
+                apart[f"sink_{name}"].copy_(more[:, :, :-1])
+
+    def decode(self, kept: Tensors, apart: Tensors, plan: Optional[UpdatePlan], columns: str) -> Tensors:
+        names = [name for name in ("keys", "values") if name in kept]
+        return {
+            name: self._numbers(name, kept, apart, self._turns(name, plan, columns), columns == "slots")
+            for name in names
+        }
+
+    def as_seen(self, states: Tensors, new: Tensors, apart: Tensors, plan: UpdatePlan) -> Tensors:
+        numbers = self.decode(new, apart, plan, "new")
+        if min(plan.seen) < self.window.num_sinks:
+            tokens = plan.tokens(0, self.rows.device)
+            whole = ((tokens >= 0) & (tokens < self.window.num_sinks))[:, None, :, None]
+            numbers = {name: torch.where(whole, states[name], each) for name, each in numbers.items()}
+        return numbers
+
+    @torch.inference_mode(False)
+    def prepare_compiled(self, plan: UpdatePlan) -> None:
+        super().prepare_compiled(plan)
+        if self.rotation is None:
+            return
+        turns, rows = plan.turns("slots", self.rotation, self.rows.device), len(plan.pads)
+        if self.turns is None:
+            pairs = self.rotation.frequencies.numel()
+            self.turns = torch.zeros(2, rows, 1, self.window.length, pairs, device=self.rows.device)
+            mark_static(self.turns)
+        elif turns is None and not self.are_turned:
+            return
+        self.are_turned = turns is not None
+        if turns is None:
+            self.turns[0], self.turns[1] = 1, 0
+        else:
+            self.turns.copy_(turns)
+
+    def write_compiled(self, slots: Tensors, apart: Tensors, states: Tensors) -> Tensors:
+        new, seen = {}, {}
+        for name, each in states.items():
+            new |= self._in_codes(name, each.float(), apart)
+        self._write_next(slots, new)
+        for name, each in states.items():
+            numbers = slots[name].float() * slots[f"{name}_scale"]
+            if f"{name}_factor" in apart:
+                numbers = numbers * apart[f"{name}_factor"]
+            if self.rotation is not None and self.rotation.tensor == name:
+                self.rotation.turn_(numbers, self.turns)
+            seen[name] = numbers.to(each.dtype)
+            if self.window.num_sinks > 0:
+                place = self.next_slots.clamp(max=self.window.num_sinks - 1)
+                is_sink = (self.next_slots < self.window.num_sinks)[:, None, None]
+                sinks = apart[f"sink_{name}"]
+                sinks[self.rows, :, place] = torch.where(is_sink, each[:, :, 0], sinks[self.rows, :, place])
+                seen[name][:, :, : self.window.num_sinks] = sinks
+        return seen
+
+    def _turns(self, name: str, plan: Optional[UpdatePlan], columns: str) -> Optional[torch.Tensor]:
+        """`plan.turns` if `name` is what rotates."""
+        if plan is None or self.rotation is None or self.rotation.tensor != name:
+            return None
+        return plan.turns(columns, self.rotation, self.rows.device)
+
+    def _numbers(
+        self,
+        name: str,
+        kept: Tensors,
+        apart: Tensors,
+        turns: Optional[torch.Tensor],
+        by_slot: bool,
+    ) -> torch.Tensor:
+        """The keys or values in `kept`, with the sinks in the first slots if it is `by_slot`."""
+        codes, scale, factor = kept[name], kept[f"{name}_scale"], apart.get(f"{name}_factor")
+        sinks = apart[f"sink_{name}"]
+        dtype = sinks.dtype if turns is None else torch.float32
+        numbers = torch.empty(codes.shape, dtype=dtype, device=codes.device).copy_(codes).mul_(scale)
+        if factor is not None:
+            numbers.mul_(factor)
+        if turns is not None:
+            numbers = self.rotation.turn_(numbers, turns[:, :, :, : codes.shape[2]]).to(sinks.dtype)
+        if by_slot:
+            number = min(sinks.shape[2], codes.shape[2])
+            numbers[:, :, :number] = sinks[:, :, :number]
+        return numbers
 
 
 def mark_static(*tensors: torch.Tensor) -> None:
@@ -823,33 +1156,30 @@ class Undo:
         end: the column after the latest token. It is another than the layer has seen while an update, or taking back,
             is under way.
         columns: how many columns can be taken back.
-        keys, values: `[batch, kv_heads, evicted, head_dim]`, the latest last. None if nothing of it is needed: what a
-            single token evicts is not seen by the next one either.
+        evicted: by the names of `Ring.slots`, `[batch, kv_heads, evicted, ...]`, the latest last. None if nothing of it
+            is needed: what a single token evicts is not seen by the next one either.
         offsets: `[rows]`, by how many positions these keys are lowered.
     """
 
     end: int
     columns: int
-    keys: Optional[torch.Tensor] = None
-    values: Optional[torch.Tensor] = None
+    evicted: Optional[Tensors] = None
     offsets: tuple[int, ...] = (0,)
 
     def at(self, offsets: list[int], rotation: Optional[Rotation]) -> "Undo":
         """The same with keys that are lowered to `offsets`."""
         back = [-distance for distance in distances(self.offsets, offsets)]
-        states = {"keys": self.keys, "values": self.values}
-        if self.keys is not None and rotation is not None and any(back):
-            states[rotation.tensor] = rotation.rotate_(states[rotation.tensor].clone(), back)
-        return replace(self, **states, offsets=tuple(offsets))
+        evicted = self.evicted
+        if evicted is not None and rotation is not None and any(back):
+            evicted = evicted | {rotation.tensor: rotation.rotate_(evicted[rotation.tensor].clone(), back)}
+        return replace(self, evicted=evicted, offsets=tuple(offsets))
 
     def with_rows(self, indices: torch.Tensor) -> "Undo":
         """The same of a batch whose row `i` is row `indices[i]` here."""
-        keys, values = (
-            None if states is None else states.index_select(0, indices.to(states.device))
-            for states in (self.keys, self.values)
-        )
-        offsets = tuple(numbers_of_rows(self.offsets, indices))
-        return replace(self, keys=keys, values=values, offsets=offsets)
+        evicted = self.evicted
+        if evicted is not None:
+            evicted = {name: each.index_select(0, indices.to(each.device)) for name, each in evicted.items()}
+        return replace(self, evicted=evicted, offsets=tuple(numbers_of_rows(self.offsets, indices)))
 
 
 class SinkLayer(CacheLayerMixin):
@@ -859,7 +1189,7 @@ class SinkLayer(CacheLayerMixin):
     kind is a class of its own, and a line in `make_layers`.
 
     Attributes:
-        keys, values: `[batch, kv_heads, window.length, head_dim]` by slots: views of the ring's.
+        slots, apart, sinks: its own of the ring's: views, `[batch, kv_heads, ...]`.
         seen: the columns seen.
         undo: what can be taken back.
         record_past: whether what is evicted is kept until `take_back`, over several updates too.
@@ -875,21 +1205,34 @@ class SinkLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True  # what assisted decoding asks from 5.24 on
-    keys = values = None
     follows_plan = compiles = can_record = can_undo = counts_columns = shows_progress = True
     has_kind = is_indexed = False
 
     def __init__(self, ring: Ring):
-        super().__init__()
         self.ring, self.index = ring, ring.num_layers
+        self.slots, self.apart, self.sinks = {}, {}, {}
         ring.num_layers += 1
         self.seen = 0
         self.undo = Undo(end=0, columns=0)
         self.record_past = False
         self.is_initialized = False
 
+    @property
+    def keys(self) -> Optional[torch.Tensor]:
+        """`[batch, kv_heads, window.length, head_dim]` by slots; None before the first token."""
+        return self.numbers().get("keys")
+
+    @property
+    def values(self) -> Optional[torch.Tensor]:
+        """The same of values."""
+        return self.numbers().get("values")
+
+    def numbers(self, plan: Optional[UpdatePlan] = None) -> Tensors:
+        """The keys and values in all slots as tokens see them after the update of `plan`, or in their frames."""
+        return self.ring.decode(self.slots, self.apart, plan, "slots")
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("keys", "values")}
+        return {name: value for name, value in vars(self).items() if name not in ("slots", "apart", "sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -897,28 +1240,36 @@ class SinkLayer(CacheLayerMixin):
             self._use(self.ring, self.index)  # a copied view would be none
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Have slots for keys and values like these, `[batch, kv_heads, seq, head_dim]`, on their device.
+        """As `take_in` does it for the first tokens."""
+        self._have_slots_for({"keys": key_states, "values": value_states})
+
+    def _have_slots_for(self, states: Tensors) -> None:
+        """Have slots for keys and values like these, by name: `[batch, kv_heads, seq, head_dim]`, on their device.
 
         The layers of a ring may come to lie on several devices, or to have several dtypes. A layer that does not fit to
         the ring leaves it, with what is its own, and the others stay what they are.
         """
         ring, index = self.ring, self.index
-        if ring.keys is None:
-            ring.allocate(key_states, value_states)
-        elif not self._fits(ring.keys, ring.values, key_states, value_states):
-            ring, index = ring.part(index, key_states, value_states), 0
+        if not ring.slots:
+            ring.allocate(states)
+        elif not self._fit(ring.sinks, states):
+            ring, index = ring.part(index, states), 0
         self._use(ring, index)
 
     def _use(self, ring: Ring, index: int) -> None:
         """Keep tokens in the slots at `index` of `ring` from now on."""
-        keys, values = ring.keys[index], ring.values[index]
-        mark_static(keys, values)
-        vars(self).update(ring=ring, index=index, keys=keys, values=values, is_initialized=True)
+        slots, apart, sinks = (
+            {name: each[index] for name, each in tensors.items()} for tensors in (ring.slots, ring.apart, ring.sinks)
+        )
+        mark_static(*slots.values(), *apart.values())
+        vars(self).update(ring=ring, index=index, slots=slots, apart=apart, sinks=sinks, is_initialized=True)
 
     @staticmethod
-    def _fits(keys: torch.Tensor, values: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether buffers have the device and dtypes of these states; not so after a call under autocast."""
-        return (keys.device, keys.dtype, values.dtype) == (key_states.device, key_states.dtype, value_states.dtype)
+    def _fit(sinks: Tensors, states: Tensors) -> bool:
+        """Whether the `sinks` of buffers have the device and dtypes of `states`; not so after a call under autocast."""
+        return bool(sinks) and all(
+            (sinks[name].device, sinks[name].dtype) == (each.device, each.dtype) for name, each in states.items()
+        )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan
@@ -926,64 +1277,72 @@ class SinkLayer(CacheLayerMixin):
         """Take in `plan.length` new tokens, `[batch, kv_heads, length, head_dim]`; return what they attend to.
 
         Returns:
-            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`. For one token they are a view of the slots.
-            For several they are the kept tokens and the new ones, behind the copies of the sinks if there are some.
+            Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`. For one token they are those in the slots, a
+            view if these hold them as they are. For several they are the kept tokens and the new ones, behind the
+            copies of the sinks if there are some.
         """
-        if self.keys is None or not self._fits(self.keys, self.values, key_states, value_states):
-            SinkLayer.lazy_initialization(self, key_states, value_states)
-        self.ring.place_sinks(plan.sink_shifts)
-        if plan.length == 1:
-            self._write(key_states, value_states, plan, self._undo_of_one(plan))
-            return self.keys[:, :, : plan.num_keys], self.values[:, :, : plan.num_keys]
-        if plan.sees_copies:
-            slots = plan.recent_slots(key_states.device)
-            old_keys, old_values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
-        else:
-            old_keys, old_values = (buffer[:, :, : max(plan.seen)] for buffer in (self.keys, self.values))
-        keys, values = [old_keys, key_states], [old_values, value_states]
-        evicted = None, None
-        gone = plan.num_recent + plan.length - self.ring.window.recent
-        if plan.sees_copies and gone > 0:  # of the old and the new tokens, the last `recent` stay
-            new = slice(max(gone - plan.num_recent, 0))
-            evicted = (torch.cat([old[:, :, :gone], states[:, :, new]], dim=2) for old, states in (keys, values))
-        self._write(key_states, value_states, plan, self._recorded(Undo(plan.end, plan.length, *evicted)))
-        if plan.sees_copies and self.ring.window.num_sinks > 0:  # whose sinks may be among the new tokens
-            key_copies, value_copies = self._sink_copies(plan)
-            keys, values = [key_copies, *keys], [value_copies, *values]
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        seen = self.take_in({"keys": key_states, "values": value_states}, plan)
+        return seen["keys"], seen["values"]
 
-    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, plan: UpdatePlan, undo: Undo) -> None:
+    def take_in(self, states: Tensors, plan: UpdatePlan) -> Tensors:
+        """`update`, with keys and values by name."""
+        if not self._fit(self.sinks, states):
+            self._have_slots_for(states)
+        ring = self.ring
+        ring.place_sinks(plan.sink_shifts)
+        new = ring.encode(states, self.apart, plan)
+        if plan.length == 1:
+            self._write(states, new, plan, self._undo_of_one(plan))
+            kept = {name: each[:, :, : plan.num_keys] for name, each in self.slots.items()}
+            return ring.decode(kept, self.apart, plan, "slots")
+        columns = "recent" if plan.sees_copies else "slots"
+        if plan.sees_copies:
+            old = self._gathered(plan.recent_slots(ring.rows.device))
+        else:
+            old = {name: each[:, :, : max(plan.seen)] for name, each in self.slots.items()}
+        evicted = None
+        gone = plan.num_recent + plan.length - ring.window.recent
+        if plan.sees_copies and gone > 0:  # of the old and the new tokens, the last `recent` stay
+            first_new = slice(max(gone - plan.num_recent, 0))
+            evicted = {
+                name: torch.cat([each[:, :, :gone], new[name][:, :, first_new]], dim=2) for name, each in old.items()
+            }
+        # What is seen of the old tokens is read, or else gathered, before new ones take their slots.
+        old = ring.decode(old, self.apart, plan, columns)
+        self._write(states, new, plan, self._recorded(Undo(plan.end, plan.length, evicted)))
+        seen = ring.as_seen(states, new, self.apart, plan)
+        seen = {name: [old[name], each] for name, each in seen.items()}
+        if plan.sees_copies and ring.window.num_sinks > 0:  # whose sinks may be among the new tokens
+            copies = self._sink_copies(plan)
+            seen = {name: [copies[name], *each] for name, each in seen.items()}
+        return {name: torch.cat(each, dim=2) for name, each in seen.items()}
+
+    def _gathered(self, slots: torch.Tensor) -> Tensors:
+        """What is in `slots`, int64 `[rows, n]`."""
+        return {name: gather_slots(each, slots) for name, each in self.slots.items()}
+
+    def _write(self, states: Tensors, new: Tensors, plan: UpdatePlan, undo: Undo) -> None:
         """Put new tokens into their slots, with `undo` noted before and the columns counted after."""
         self.undo = undo
-        if plan.length == 1 and plan.num_new == [1]:  # plain decoding: a view is faster than an index
-            slot = slice(plan.first_slots[0], plan.first_slots[0] + 1)
-            self.keys[:, :, slot], self.values[:, :, slot] = key_states, value_states
-        elif plan.length == 1 and min(plan.num_new) == 1:  # as all rows are new, two indices less
-            rows, _, slots = plan.writes(key_states.device)
-            self.keys[rows, :, slots], self.values[rows, :, slots] = key_states[:, :, 0], value_states[:, :, 0]
-        else:
-            rows, columns, slots = plan.writes(key_states.device)
-            self.keys[rows, :, slots] = key_states[rows, :, columns]
-            self.values[rows, :, slots] = value_states[rows, :, columns]
+        self.ring.write(self.slots, new, plan)
+        self.ring.write_sinks(self.apart, states, plan)
         self.seen = plan.end
 
     def write_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` with one token, in tensors alone: each row's goes into `ring.slots`, and all slots are returned."""
-        self.keys[self.ring.rows, :, self.ring.slots] = key_states[:, :, 0]
-        self.values[self.ring.rows, :, self.ring.slots] = value_states[:, :, 0]
-        return self.keys, self.values
+        """`update` with one token, in tensors alone: each row's goes into `ring.next_slots`, and all are returned."""
+        seen = self.ring.write_compiled(self.slots, self.apart, {"keys": key_states, "values": value_states})
+        return seen["keys"], seen["values"]
 
-    def _sink_copies(self, plan: UpdatePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sink_copies(self, plan: UpdatePlan) -> Tensors:
         """Copies of the sinks, moved for each new column: `[batch, kv_heads, length * num_sinks, head_dim]`."""
-        num_sinks, rotation = self.ring.window.num_sinks, self.ring.rotation
-        copies = {
-            name: buffer[:, :, None, :num_sinks].repeat(1, 1, plan.length, 1, 1)  # [.., length, num_sinks, head_dim]
-            for name, buffer in (("keys", self.keys), ("values", self.values))
+        rotation = self.ring.rotation
+        copies = {  # [.., length, num_sinks, head_dim]
+            name: each[:, :, None].repeat(1, 1, plan.length, 1, 1) for name, each in self.sinks.items()
         }
         if rotation is not None:
-            rotating = rotation.pairs(copies[rotation.tensor])
-            rotating.copy_(rotation.rotated(rotating.float(), plan.copy_shifts[:, None, :, None]))
-        return copies["keys"].flatten(2, 3), copies["values"].flatten(2, 3)
+            rotating = copies[rotation.tensor]
+            rotation.turn_(rotating, rotation.turns(plan.copy_shifts[:, None, :, None], rotating.device))
+        return {name: each.flatten(2, 3) for name, each in copies.items()}
 
     def _undo_of_one(self, plan: UpdatePlan) -> Undo:
         """What takes one new token back; with what it evicts only if several such tokens may be taken back."""
@@ -991,8 +1350,7 @@ class SinkLayer(CacheLayerMixin):
         if not self.record_past:
             return undo
         if plan.evicts:
-            slots = self.ring.window.slots(plan.tokens(0, self.keys.device))
-            undo = Undo(plan.end, 1, gather_slots(self.keys, slots), gather_slots(self.values, slots))
+            undo = Undo(plan.end, 1, self._gathered(self.ring.window.slots(plan.tokens(0, self.ring.rows.device))))
         return self._recorded(undo)
 
     def _recorded(self, undo: Undo) -> Undo:
@@ -1002,13 +1360,13 @@ class SinkLayer(CacheLayerMixin):
         if not self.record_past or before.columns == 0:
             return undo
         columns = before.columns + undo.columns
-        if before.keys is None or undo.keys is None:
-            latest = undo if before.keys is None else before
+        if before.evicted is None or undo.evicted is None:
+            latest = undo if before.evicted is None else before
             return replace(latest, end=undo.end, columns=columns)
-        most = max(ring.window.recent, undo.keys.shape[2])
-        before = before.at(ring.lowered.offsets, ring.rotation)
-        keys, values = torch.cat([before.keys, undo.keys], 2), torch.cat([before.values, undo.values], 2)
-        return replace(undo, columns=min(columns, most), keys=keys[:, :, -most:], values=values[:, :, -most:])
+        most = max(ring.window.recent, undo.evicted["keys"].shape[2])
+        before = before.at(ring.lowered.offsets, ring.rotation).evicted
+        evicted = {name: torch.cat([before[name], each], 2)[:, :, -most:] for name, each in undo.evicted.items()}
+        return replace(undo, columns=min(columns, most), evicted=evicted)
 
     def take_back(self, end: int, pads: list[int]) -> None:
         """Forget all columns from `end` on, also those that were not all written, and put back what they evicted.
@@ -1021,24 +1379,23 @@ class SinkLayer(CacheLayerMixin):
         ring, undo = self.ring, self.undo
         self.seen = end
         columns = undo.end - end
-        keys, values, offsets = undo.keys, undo.values, undo.offsets
-        if keys is not None:
-            window, number = ring.window, keys.shape[2]
+        evicted = undo.evicted
+        if evicted is not None:
+            window, number, device = ring.window, evicted["keys"].shape[2], ring.rows.device
             first = max(number - columns, 0)
             padding = torch.tensor(pads, dtype=torch.long, device="cpu")[:, None]
             tokens = torch.arange(first - number, 0, dtype=torch.long, device="cpu") - padding
             tokens += undo.end - window.recent
             rows, places = ((tokens >= window.num_sinks) & (tokens < end - padding)).nonzero(as_tuple=True)
-            slots = window.slots(tokens[rows, places]).to(self.keys.device)
-            rows = slice(None) if len(pads) == 1 else rows.to(self.keys.device)
-            places = (places + first).to(self.keys.device)
-            back = undo.at(ring.lowered.offsets, ring.rotation)
-            self.keys[rows, :, slots] = back.keys.to(self.keys)[rows, :, places]
-            self.values[rows, :, slots] = back.values.to(self.values)[rows, :, places]
-            keys, values = (keys[:, :, :first], values[:, :, :first]) if first > 0 else (None, None)
+            slots = window.slots(tokens[rows, places]).to(device)
+            rows = slice(None) if len(pads) == 1 else rows.to(device)
+            places = (places + first).to(device)
+            for name, each in undo.at(ring.lowered.offsets, ring.rotation).evicted.items():
+                self.slots[name][rows, :, slots] = each.to(self.slots[name])[rows, :, places]
+            evicted = {name: each[:, :, :first] for name, each in evicted.items()} if first > 0 else None
         # While the past is recorded, what stays now is settled.
         left = 0 if self.record_past else max(undo.columns - columns, 0)
-        self.undo = Undo(end, left, keys, values, offsets) if left else Undo(end, 0)
+        self.undo = Undo(end, left, evicted, undo.offsets) if left else Undo(end, 0)
 
     def lower_positions(self, offsets: list[int]) -> None:
         """Lower the positions of the recent keys to `offsets` (`[rows]`) below those that the model gave them."""
@@ -1064,22 +1421,24 @@ class SinkLayer(CacheLayerMixin):
         """The columns after each part of the layer: more than one number if an update was cut short."""
         return {self.seen, self.undo.end}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Tensors:
         """What a file has of this layer, by name."""
-        return {} if self.keys is None else {"keys": self.keys, "values": self.values}
+        return self.slots | self.apart
 
     def memory(self) -> list[torch.Tensor]:
         """The tensors of which it consists, those of its ring, which it shares with others, among them."""
-        return [*self.ring.tensors(), *(states for states in (self.undo.keys, self.undo.values) if states is not None)]
+        return [*self.ring.tensors(), *(self.undo.evicted or {}).values()]
 
-    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+    def restore(self, tensors: Tensors, seen: int, offsets: list[int]) -> None:
         """Hold these `tensors` of `seen` columns, in a layer that is new.
 
         Its sinks are where the model put them, and its recent keys lower by `offsets` (`[rows]`).
         """
-        SinkLayer.lazy_initialization(self, tensors["keys"], tensors["values"])
-        self.keys.copy_(tensors["keys"])
-        self.values.copy_(tensors["values"])
+        states = {name: tensors.get(f"sink_{name}", tensors[name]) for name in ("keys", "values") if name in tensors}
+        self.ring.expect(tensors)
+        self._have_slots_for(states)
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
         self.seen, self.undo, self.ring.lowered = seen, Undo(seen, 0), Lowered(offsets)
 
     def get_seq_length(self) -> int:
@@ -1117,11 +1476,12 @@ class OrderedLayer(SinkLayer):
             Keys and values, `[batch, kv_heads, plan.num_keys, head_dim]`; views of the slots where these are in order.
         """
         super().update(key_states, value_states, plan)
-        return self._in_order(self.keys, plan), self._in_order(self.values, plan)
+        seen = self.numbers(plan)
+        return self._in_order(seen["keys"], plan), self._in_order(seen["values"], plan)
 
     @staticmethod
     def _in_order(buffer: torch.Tensor, plan: UpdatePlan) -> torch.Tensor:
-        """The tokens in `buffer`, one of the layer's two, after the update of `plan`."""
+        """The tokens in `buffer`, of all slots, after the update of `plan`."""
         if len(plan.pads) > 1 or plan.needs_mask:
             return gather_slots(buffer, plan.slots_in_order(buffer.device))
         end = plan.seen[0] + plan.num_new[0]
@@ -1139,7 +1499,8 @@ class OrderedLayer(SinkLayer):
 class IndexedLayer(SinkLayer):
     """A `SinkLayer` of attention that chooses its tokens by an index (DeepSeek sparse attention), whose keys it keeps.
 
-    The index has keys of its own, one head of them, which rotate in their own way. They are in the same slots. Where
+    The index has keys of its own, one head of them, which rotate in their own way. They are in the same slots, as the
+    model made them even where those of the attention have 8 bits, because they choose. Where
     tokens score alike, which of them are chosen is by chance, as with any cache.
 
     Args:
@@ -1160,8 +1521,7 @@ class IndexedLayer(SinkLayer):
         Returns:
             `[batch, plan.num_keys, index_dim]`, in the order of the keys that `update` returns.
         """
-        keys = key_states.detach().unsqueeze(1)
-        return self.indexer.update(keys, keys[..., :0], plan)[0].squeeze(1)
+        return self.indexer.take_in({"keys": key_states.detach().unsqueeze(1)}, plan)["keys"].squeeze(1)
 
     def take_back(self, end: int, pads: list[int]) -> None:
         super().take_back(end, pads)
@@ -1185,17 +1545,16 @@ class IndexedLayer(SinkLayer):
     def progress(self) -> set[int]:
         return super().progress() | self.indexer.progress()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Tensors:
         index = self.indexer.tensors()
         return super().tensors() | ({"indexer_keys": index["keys"]} if index else {})
 
     def memory(self) -> list[torch.Tensor]:
         return super().memory() + self.indexer.memory()
 
-    def restore(self, tensors: dict[str, torch.Tensor], seen: int, offsets: list[int]) -> None:
+    def restore(self, tensors: Tensors, seen: int, offsets: list[int]) -> None:
         super().restore(tensors, seen, offsets)
-        keys = tensors["indexer_keys"]
-        self.indexer.restore({"keys": keys, "values": keys[..., :0]}, seen, offsets)
+        self.indexer.restore({"keys": tensors["indexer_keys"]}, seen, offsets)
 
 
 class KeepsStates:
@@ -1252,10 +1611,10 @@ class StateAndSinkLayer(KeepsStates, SinkLayer, StateLayer):
         StateLayer.lazy_initialization(self, **kwargs)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return layer_tensors(self)
+        return super().tensors() | states_of(self)
 
     def memory(self) -> list[torch.Tensor]:
-        return super().memory() + [tensor for name, tensor in layer_tensors(self).items() if "states" in name]
+        return super().memory() + list(states_of(self).values())
 
 
 class UntouchedLayer:
@@ -1360,6 +1719,10 @@ class UntouchedLayer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has of this layer, by name."""
+        return layer_tensors(self)
+
+    def numbers(self, plan: UpdatePlan) -> dict[str, torch.Tensor]:
+        """Its keys and values."""
         return layer_tensors(self)
 
     def memory(self) -> list[torch.Tensor]:
@@ -2089,6 +2452,9 @@ class ModelTraits:
         balances_experts: whether it always returns the logits of its routers, and a loss made of them.
         inverts_masks: whether in a mask of four dimensions it takes 1 for what is seen and 0 for what is not.
         rotates_by_axes: whether the same rotations move tokens that have another position on each axis, as of images.
+        factors: for each layer, by what the numbers of channels that stand out are divided where they are kept in 8
+            bits: float32 `[kv_heads, head_dim]` by the names "keys" and "values", if there are such channels. None
+            before `read_factors`.
     """
 
     rotations: list[tuple[Optional[Rotation], Optional[Rotation]]]
@@ -2108,6 +2474,7 @@ class ModelTraits:
     brings_code: bool
     inverts_masks: bool
     rotates_by_axes: bool
+    factors: Optional[list[dict[str, torch.Tensor]]] = None
 
     def __deepcopy__(self, memo: dict) -> "ModelTraits":
         return self  # they never change
@@ -2150,6 +2517,14 @@ def after_a_call(model: PreTrainedModel) -> None:
     if stamp is not None and not stamp.has_run:
         stamp.has_run = True
         stamp.leave_out_counters(model)
+
+
+def _remember(model: PreTrainedModel, traits: ModelTraits) -> None:
+    """Remember `traits`, of which more was found by running `model`."""
+    before, _ = _readings[model]
+    stamp = Stamp(model, before.counters)
+    stamp.numbers = before.numbers  # of when its fingerprint was read
+    _readings[model] = stamp, traits
 
 
 def _read_anew(model: PreTrainedModel) -> ModelTraits:
@@ -2274,10 +2649,7 @@ def read_further(model: PreTrainedModel, traits: ModelTraits, window_length: int
                 _read_columns(stand_in, reach)
         else:
             _read_further_positions(stand_in, traits, reach, limit)
-    before, _ = _readings[model]
-    stamp = Stamp(model, before.counters)
-    stamp.numbers = before.numbers  # of when its fingerprint was read
-    _readings[model] = stamp, replace(traits, reach=reach)
+    _remember(model, replace(traits, reach=reach))
 
 
 def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: int, limit: str) -> None:
@@ -2294,6 +2666,52 @@ def _read_further_positions(model: PreTrainedModel, traits: ModelTraits, reach: 
                 limit,
             )
     _refuse_change(model, reach, changed, allowed, limit)
+
+
+STANDS_OUT = 16  # times the median channel of its head; up to that, the codes of the others are many enough
+
+
+@torch.no_grad()
+def read_factors(model: PreTrainedModel, traits: ModelTraits) -> ModelTraits:
+    """`traits` with the `factors` of channels that stand out, by what `model` caches of a few short texts.
+
+    In some models a few channels of the keys are far larger than all others, in every token (arXiv:2402.02750).
+    """
+    if traits.factors is not None:
+        return traits
+    with without_hooks(model) as stand_in:
+        _, cache = _run(stand_in, some_tokens(stand_in, 16), None if traits.ordered else 0)
+    factors = []
+    for layer, (rotation, _) in zip(keys_and_values(cache), traits.rotations):
+        found = {name: _factors(layer[name], _of(rotation, name)) for name in ("keys", "values") if name in layer}
+        factors.append({name: each for name, each in found.items() if each is not None})
+    traits = replace(traits, factors=factors)
+    _remember(model, traits)
+    return traits
+
+
+def _factors(states: torch.Tensor, rotations: list[Rotation]) -> Optional[torch.Tensor]:
+    """Powers of two near how much larger each channel of `states` is than the median one of its head.
+
+    Args:
+        states: `[rows, kv_heads, tokens, head_dim]`. The first tokens are left out: they are no example of later ones.
+        rotations: the one by which `states` rotate, if they do. The two dimensions of a pair have the same factor.
+
+    Returns:
+        float32 `[kv_heads, head_dim]`, at least 1; None if no channel stands out.
+    """
+    sizes = states[:, :, 2:].float().abs()
+    for rotation in rotations:
+        pairs = rotation.pairs(sizes)
+        pairs.copy_(pairs.norm(dim=-1, keepdim=True).expand_as(pairs))
+    sizes = sizes.movedim(1, 0).flatten(1, 2).median(dim=1).values  # [kv_heads, head_dim]
+    ratios = sizes / sizes.median(dim=-1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)
+    return 2 ** ratios.clamp(min=1).log2().round() if ratios.max() >= STANDS_OUT else None
+
+
+def _of(rotation: Optional[Rotation], tensor: str) -> list[Rotation]:
+    """`rotation`, if it is one of what layers cache as `tensor`."""
+    return [rotation] if rotation is not None and rotation.tensor == tensor else []
 
 
 def fingerprint_of(model: PreTrainedModel, traits: ModelTraits) -> torch.Tensor:
@@ -2715,8 +3133,10 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
     """A new layer for each of the model's: one with sinks where it has full attention, else transformers' own."""
     layers, rings = [], {}
 
-    def ring_of(rotation: Optional[Rotation], layout: tuple) -> Ring:
-        return rings.setdefault((rotation, layout), Ring(window, rotation))
+    def ring_of(rotation: Optional[Rotation], layout: tuple, ring_class: type[Ring]) -> Ring:
+        return rings.setdefault((rotation, layout), ring_class(window, rotation))
+
+    kind_of_ring = CodedRing if window.bits else Ring
 
     own_layers = itertools.chain(traits.own_layers, itertools.repeat(None))
     for layer, (rotation, index_rotation), layout in zip(own_layers, traits.rotations, traits.layouts):
@@ -2724,11 +3144,17 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
         if stays or (layer is not None and not layout):
             layers.append(untouched(layer, rotation, holds_text=bool(layout) or has_state, has_kind=stays))
         elif has_state:
-            layers.append(StateAndSinkLayer(layer.number_of_states, ring_of(rotation, layout)))
+            layers.append(StateAndSinkLayer(layer.number_of_states, ring_of(rotation, layout, kind_of_ring)))
         elif len(layout) > 2:
-            layers.append(IndexedLayer(ring_of(rotation, layout), ring_of(index_rotation, layout[2:])))
+            index_ring = ring_of(index_rotation, layout[2:], Ring)
+            layers.append(IndexedLayer(ring_of(rotation, layout, kind_of_ring), index_ring))
         else:
-            layers.append((OrderedLayer if traits.ordered else SinkLayer)(ring_of(rotation, layout)))
+            layer_class = OrderedLayer if traits.ordered else SinkLayer
+            layers.append(layer_class(ring_of(rotation, layout, kind_of_ring)))
+    if window.bits is not None:
+        for layer, factors in zip(layers, traits.factors):
+            if layer.follows_plan:
+                layer.ring.factors.append(factors)
     return layers
 
 
@@ -2755,8 +3181,10 @@ def integer(name: str, value: Any, least: Optional[int] = None, of: str = "token
     return number
 
 
-def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
+def checked_window(window_length: Any, num_sink_tokens: Any, kv_bits: Any = None) -> Window:
     """The window of these arguments of `SinkCache`; TypeError or ValueError unless they are ints in range."""
+    if kv_bits is not None and integer("kv_bits", kv_bits, of="bits") != 8:
+        raise ValueError(f"`kv_bits` must be 8, or None for keys and values as the model makes them, got {kv_bits}.")
     window_length = integer("window_length", window_length, least=1)
     num_sink_tokens = integer("num_sink_tokens", num_sink_tokens)
     if not 0 <= num_sink_tokens < window_length:
@@ -2764,7 +3192,7 @@ def checked_window(window_length: Any, num_sink_tokens: Any) -> Window:
             f"`num_sink_tokens` must be at least 0 and less than `window_length` ({window_length}), which counts "
             f"the sinks too, got {num_sink_tokens}."
         )
-    return Window(window_length, num_sink_tokens)
+    return Window(window_length, num_sink_tokens, None if kv_bits is None else 8)
 
 
 def resolve_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
@@ -3321,8 +3749,7 @@ class CompiledSteps:
     def prepare(self, plan: UpdatePlan, layers: list[SinkLayer], dtype: torch.dtype, device: torch.device) -> None:
         """Place the sinks, set the slot indices, note what will be written, and fill in the mask."""
         for ring in dict.fromkeys(layer.ring for layer in layers):
-            ring.place_sinks(plan.sink_shifts)
-            ring.slots.copy_(torch.tensor(plan.first_slots, dtype=torch.long, device="cpu"))
+            ring.prepare_compiled(plan)
         undo = Undo(plan.end, 1)
         for layer in layers:
             layer.undo = undo
@@ -3344,6 +3771,9 @@ def given_above(name: str) -> list[torch.Tensor]:
             given[id(value)] = value
         frame = frame.f_back
     return list(given.values())
+
+
+MOST_IN_A_CHUNK = 256  # tokens of a prompt, by default
 
 
 def position_ceiling(window: Window, traits: ModelTraits, layers: list) -> int:
@@ -3370,6 +3800,7 @@ class Stream:
         layers: one for each layer of the model.
         sink_layers: what of these is a `SinkLayer`.
         ceiling: positions given to the model stay below it; see `position_ceiling`.
+        cycle: the length of the frames of keys in 8 bits (`CodedRing`); None for others.
         pads: `[rows]`, the columns of left padding.
         padding_known: whether a mask told them, or may have. Where the model was called by itself, whether it was seen
             that there is none.
@@ -3388,7 +3819,7 @@ class Stream:
     def __init__(self, window: Window, traits: ModelTraits):
         self.window, self.traits = window, traits
         self._set_layers(make_layers(window, traits))
-        self.ceiling = position_ceiling(window, traits, self.layers)
+        self._set_ceiling(traits)
         self.pads, self.padding_known, self.offsets = [0], False, [0]
         self.transcript = Transcript()
         self.positions: Optional[Positions] = None
@@ -3398,6 +3829,13 @@ class Stream:
         self.axes: Optional[tuple[int, torch.Tensor]] = None
         self.plan: Optional[UpdatePlan] = None
         self.compiled: Optional[CompiledSteps] = None
+
+    def _set_ceiling(self, traits: ModelTraits) -> None:
+        """Have these `traits`, and the bounds of positions that follow from them."""
+        ceiling = position_ceiling(self.window, traits, self.layers)
+        # Below the ceiling there is room for updates that begin late in a cycle.
+        cycle = max(ceiling - MOST_IN_A_CHUNK, (ceiling + 1) // 2) if self.window.bits else None
+        vars(self).update(traits=traits, ceiling=ceiling, cycle=cycle)
 
     def _set_layers(self, layers: list) -> None:
         """Have these `layers`."""
@@ -3411,7 +3849,7 @@ class Stream:
         """Go on with what was read of the model anew."""
         for layer, rotations in zip(self.layers, traits.rotations):
             layer.set_rotations(*rotations)
-        vars(self).update(traits=traits, ceiling=position_ceiling(self.window, traits, self.layers))
+        self._set_ceiling(traits)
 
     @property
     def rings(self) -> list[Ring]:
@@ -3468,17 +3906,23 @@ class Stream:
     @property
     def keys(self) -> list[Optional[torch.Tensor]]:
         """`[batch, kv_heads, window.length, head_dim]` of each sink layer, by slots; and what the others have."""
-        return [layer.tensors().get("keys") for layer in self.layers]
+        return self._numbers("keys")
 
     @property
     def values(self) -> list[Optional[torch.Tensor]]:
         """The same of values."""
-        return [layer.tensors().get("values") for layer in self.layers]
+        return self._numbers("values")
+
+    def _numbers(self, name: str) -> list[Optional[torch.Tensor]]:
+        """What the layers have by this name, after their latest update."""
+        plan = self._new_plan(max(self.seen - 1, 0), 1)
+        return [layer.numbers(plan).get(name) for layer in self.layers]
 
     @property
     def batch_size(self) -> int:
         """The rows of the batch, -1 if nothing was seen yet."""
-        return next((len(keys) for keys in self.keys if keys is not None and keys.numel() > 0), -1)
+        keys = (layer.tensors().get("keys") for layer in self.layers)
+        return next((len(each) for each in keys if each is not None and each.numel() > 0), -1)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that hold something of a token."""
@@ -3528,8 +3972,13 @@ class Stream:
         """The plan of `length` new columns after `start`. The first layer that asks makes it, for all of them."""
         if self.plan is None or (self.plan.start, self.plan.length) != (start, length):
             sees_until = None if self.ahead is None else self.ahead.in_columns(start, length)
-            self.plan = UpdatePlan(self.window, start, length, self.pads, self.offsets, self.positions, sees_until)
+            self.plan = self._new_plan(start, length, sees_until)
         return self.plan
+
+    def _new_plan(self, start: int, length: int, sees_until: Optional[dict] = None) -> UpdatePlan:
+        return UpdatePlan(
+            self.window, start, length, self.pads, self.offsets, self.positions, sees_until, cycle=self.cycle
+        )
 
     def most_at_once(self, start: int) -> int:
         """How many columns after `start` one forward pass can take."""
@@ -3575,13 +4024,22 @@ class Stream:
         nexts, ends = plan.seen, [seen + new for seen, new in zip(plan.seen, plan.num_new)]
         if self.positions is not None and plan.start > 0:
             nexts, ends = self.positions.after(plan.start), self.positions.after(plan.end)
-        lower_by = [
-            next_one - offset if seen > self.window.num_sinks and end - offset > self.ceiling else 0
+        offsets = [
+            self._offset(next_one, end, offset) if seen >= self.window.num_sinks else offset
             for seen, next_one, end, offset in zip(plan.seen, nexts, ends, self.offsets)
         ]
-        if any(lower_by):
-            offsets = [offset + distance for offset, distance in zip(self.offsets, lower_by)]
+        if offsets != self.offsets:
             vars(self).update(offsets=offsets, plan=None)
+
+    def _offset(self, start: int, end: int, offset: int) -> int:
+        """By how much the positions of a row are lowered for tokens at `start` to `end`; `offset` if that will do.
+
+        Keys in 8 bits cost least to read where that is a multiple of the cycle, and nothing to lower.
+        """
+        if self.cycle is not None:
+            multiple = start - start % self.cycle
+            return multiple if end - multiple <= self.ceiling else start
+        return start if end - offset > self.ceiling else offset
 
     def follow_offsets(self) -> None:
         """Have all keys lowered by `offsets`. What was cut short before is finished."""
@@ -4042,6 +4500,11 @@ class UnboundLayers:
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: Any, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SinkCache.update`."""
+        if self.window.bits is not None:
+            raise ValueError(
+                f"`kv_bits` is {self.window.bits}, which a `SinkCache` has only if it is bound to the model: "
+                "`cache.bind(model)`. Unbound it is the class of transformers<4.53, which knows no bits."
+            )
         cache_kwargs = cache_kwargs or {}
         cos, sin, window = cache_kwargs.get("cos"), cache_kwargs.get("sin"), self.window
         if layer_idx == 0 and cos is not None and sin is not None:
@@ -4112,7 +4575,8 @@ class UnboundLayers:
 
 # It is a safetensors file with these tensors:
 #
-#     keys.0, values.0, ...     of the layers, by the names that the method `tensors` of a layer gives
+#     keys.0, values.0, ...     of the layers, by the names that the method `tensors` of a layer gives; what `CodedRing`
+#                               has of them with 8 bits is in no file of versions before 4
 #     frequencies.0, ...        by which the keys of the layers rotate
 #     fingerprint               of the model
 #     latest_ids, digest        of the transcript, as far as it has some; files of version 1 have no digest
@@ -4121,7 +4585,7 @@ class UnboundLayers:
 #
 # Its metadata has one entry, `sink_cache`: the state of the stream, a JSON object. The `checksum` in it covers the rest
 # of the state and all tensors, so that any damage shows.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 OTHER_MODEL = (
     "The `SinkCache` comes from a conversation with another model, whose keys and values mean nothing to this one. Use "
@@ -4158,6 +4622,7 @@ def pack(stream: Stream) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "version": FORMAT_VERSION,
         "window_length": stream.window.length,
         "num_sink_tokens": stream.window.num_sinks,
+        "kv_bits": stream.window.bits,
         "seen": stream.seen,
         "pads": stream.pads,
         "padding_known": stream.padding_known,
@@ -4475,6 +4940,8 @@ class SinkCache(Cache):
     Args:
         window_length (`int`, defaults to 256): the most tokens kept, sinks included.
         num_sink_tokens (`int`, defaults to 4): how many of them are the first of the sequence.
+        kv_bits (`int`, *optional*): 8 to keep the recent tokens' keys and values in 8 bits, for a bound cache only. By
+            default they are kept as the model makes them, as the sinks are in any case.
 
     Raises:
         TypeError: an argument is no integer.
@@ -4483,8 +4950,8 @@ class SinkCache(Cache):
 
     is_compileable = False  # except in `generate`, which prepares each step: see `StreamedCall`
 
-    def __init__(self, window_length: int = 256, num_sink_tokens: int = 4):
-        window = checked_window(window_length, num_sink_tokens)
+    def __init__(self, window_length: int = 256, num_sink_tokens: int = 4, kv_bits: Optional[int] = None):
+        window = checked_window(window_length, num_sink_tokens, kv_bits)
         self.held: Union[Stream, UnboundLayers] = UnboundLayers(window)
         init_cache(self)
         self._model: Optional[_ModelReference] = None
@@ -4533,6 +5000,8 @@ class SinkCache(Cache):
         device = model.device.type
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             traits = read_model(model)
+            if window.bits is not None:
+                traits = read_factors(model, traits)
         held_traits = self.held.traits if self.is_bound else None
         if bound_to is model and traits.rotations is held_traits.rotations:
             return self
@@ -4572,6 +5041,11 @@ class SinkCache(Cache):
     def num_sink_tokens(self) -> int:
         """How many of the tokens kept are the first of the sequence."""
         return self.held.window.num_sinks
+
+    @property
+    def kv_bits(self) -> Optional[int]:
+        """In how many bits each number of the recent tokens is kept, None if that is as the model made it."""
+        return self.held.window.bits
 
     @property
     def is_bound(self) -> bool:
@@ -4869,7 +5343,7 @@ class SinkCache(Cache):
 
         with telling(refusal):
             state = checked_state(text, tensors)
-            cache = cls(state["window_length"], state["num_sink_tokens"]).bind(model)
+            cache = cls(state["window_length"], state["num_sink_tokens"], state.get("kv_bits")).bind(model)
             model, stream = cache._bound_model, cache.held
             refuse_other_model(tensors, stream.traits, fingerprint_of(model, stream.traits))
             unpack(stream, state, tensors, input_device(model))
@@ -4925,9 +5399,6 @@ def copied_with(config: Any, **settings) -> Any:
         for name, value in settings.items():
             setattr(config, name, value)
     return config
-
-
-MOST_IN_A_CHUNK = 256  # tokens, by default
 
 
 def chunks_of_prompt(
@@ -5583,15 +6054,16 @@ class Drafter:
                 "and reads those that the model keeps of all tokens. Use another one, or `prompt_lookup_num_tokens`."
             )
         self.runs_on = assistant if runs_on is None else runs_on
-        self.cache = SinkCache(window.length, window.num_sinks)
+        self.cache = SinkCache(window.length, window.num_sinks, window.bits)
         try:
             self.cache.bind(assistant)
         except ValueError as error:
             raise ValueError(f"`assistant_model` can't draft in a stream of its own. {error}") from error
         stream = self.cache.held
         if depth is not None:
-            traits = stream.traits
-            traits = replace(traits, rotations=traits.rotations[:depth], layouts=traits.layouts[:depth])
+            names = ("rotations", "layouts", "factors")
+            of_layers = {name: getattr(stream.traits, name) for name in names}
+            traits = replace(stream.traits, **{name: each and each[:depth] for name, each in of_layers.items()})
             self.cache.held = Stream(window, traits)
         if not all(layer.can_record for layer in self.cache.layers):
             raise ValueError(
@@ -5656,6 +6128,7 @@ def generate(
     window_length: Optional[int] = None,
     num_sink_tokens: Optional[int] = None,
     prefill_progress: bool = False,
+    kv_bits: Optional[int] = None,
     kept_conversations: Optional[int] = None,
     offload_kept_conversations: Optional[bool] = None,
     **kwargs,
@@ -5677,6 +6150,9 @@ def generate(
             sinks included.
         num_sink_tokens (`int`, defaults to that of the generation config, or 4): how many of them are the first tokens
             of the sequence.
+        kv_bits (`int`, defaults to that of the generation config, or None): 8 to keep the recent tokens' keys and
+            values in 8 bits, each with a scale for each head. That takes about half the memory, so a window can be
+            twice as long. By default they are kept as the model makes them.
         prefill_progress (`bool`, defaults to `False`): show a progress bar while a long prompt goes in.
         kept_conversations (`int`, defaults to that of the generation config, or 0): how many conversations are kept on
             the model between calls. A call without `cache` that begins with the tokens of one goes on in it, and reads
@@ -5705,7 +6181,7 @@ def generate(
 
         Both are raised before the first forward pass of the generation. What was passed is left as it was.
     """
-    window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
+    window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "kv_bits": kv_bits}
     keeping = {"kept_conversations": kept_conversations, "offload_kept_conversations": offload_kept_conversations}
     if args:
         own = {"model": model, "prefill_progress": prefill_progress} | window | keeping
@@ -5771,7 +6247,7 @@ def _generate(model: PreTrainedModel, loop: Callable, cache: SinkCache, kwargs: 
             refuse_gap(kwargs, seen=0, end=0)
     window, assistance = cache.held.window, assisted_by(model, kwargs)
     if assistance is not None:
-        stream = SinkCache(window.length, window.num_sinks).bind(model).held
+        stream = SinkCache(window.length, window.num_sinks, window.bits).bind(model).held
         refuse_assistance(model, stream, kwargs, assistance)
     if kwargs.get("assistant_model") is not None:
         assistant = unwrapped(kwargs["assistant_model"], "assistant_model")

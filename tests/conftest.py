@@ -13,6 +13,9 @@ import pytest
 from tests.support import RELEASES, ROOT
 from tests.support.hub import Hub
 
+# What is imported stays: the collector would look through it again and again, for a seventh of the time of importing.
+gc.disable()
+
 # Nothing here imports transformers before it is needed: the process that only hands tests to others starts at once.
 # The Hub that transformers asks is this one, and what it downloads does not mix with the user's.
 HUB = Hub()
@@ -24,6 +27,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # large files go as they did before
 # The models are too small to gain from threads, and those of two processes would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch starts processes to compile in, each of which imports torch for more than what it then compiles.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Nor need it try what the compiler can do for each kind of processor, which takes longer than what it compiles.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_report_header() -> str:
@@ -46,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # all that was imported stays, and takes a tenth of the time if the collector looks through it
+    gc.freeze()  # in tests too, all that was imported would take a tenth of the time
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from tests.support.oracle import difference, oracle
 
 EARLY_EXITS_FAIL = Version("5.0") <= RELEASE < Version("5.1")  # an argument is left out there
 EOS = 210  # until 4.52 prompt lookup asks for one
-NEW_TOKENS = 60
+NEW_TOKENS = 40
 
 
 def target(**settings):
@@ -60,7 +60,7 @@ ASSISTANCE = {
     "a stranger": lambda model: dict(assistant_model=drafting(num_hidden_layers=1)),  # hardly one is
 }
 if not EARLY_EXITS_FAIL:
-    ASSISTANCE["an early exit"] = lambda model: dict(assistant_early_exit=2)
+    ASSISTANCE["an early exit"] = lambda model: dict(assistant_early_exit=1)
 
 
 # Each kind of assistance past a full window, and each window and length once more.
@@ -218,12 +218,12 @@ def test_a_conversation_goes_on_after_an_interrupt_among_drafts():
 @pytest.mark.slow
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_an_assistant_s_memory_is_a_window_too(do_sample):
-    model, assistant = target(), target(num_hidden_layers=2)
+    model, assistant = target(), target(num_hidden_layers=1)
     passes = Passes(assistant)
     with seeded():
-        said(model, prompt(40), assistant_model=assistant, max_new_tokens=120, do_sample=do_sample)
+        said(model, prompt(40), assistant_model=assistant, max_new_tokens=70, do_sample=do_sample)
     settled = passes.sizes[len(passes.sizes) // 5 :]
-    window = 2 * 16 * 2 * 16 * 2 * 4  # layers, tokens, heads, dimensions, keys and values, bytes
+    window = 16 * 2 * 16 * 2 * 4  # tokens, heads, dimensions, keys and values, bytes
     assert len(settled) > 40 and min(settled) >= window and max(settled) <= 2.5 * window
 
 
@@ -231,7 +231,7 @@ def test_an_assistant_s_memory_is_a_window_too(do_sample):
 def test_an_early_exit_leaves_the_model_as_it_was():
     model, depths = target(), []
     model.model.layers[0].register_forward_pre_hook(lambda *args: depths.append(0))
-    model.model.layers[2].register_forward_pre_hook(lambda *args: depths.append(2))
+    model.model.layers[1].register_forward_pre_hook(lambda *args: depths.append(1))
 
     class Breaks(BaseStreamer):
         def put(self, value):
@@ -244,7 +244,7 @@ def test_an_early_exit_leaves_the_model_as_it_was():
     before = model.config.to_dict()
     with pytest.raises(KeyboardInterrupt):
         said(model, prompt(30), assistant_early_exit=1, streamer=Breaks(), max_new_tokens=200)
-    assert depths.count(0) > depths.count(2) > 0
+    assert depths.count(0) > depths.count(1) > 0
     assert model.config.to_dict() == before and model.model.config is model.config
 
 
@@ -295,7 +295,7 @@ def test_an_assistant_that_can_not_be_streamed():
         said(target(), prompt(5), assistant_model=assistant)
 
 
-@pytest.mark.parametrize("ends", ["in an answer", "by an error"])
+@pytest.mark.parametrize("ends", ["in an answer", at_the_ends("by an error")])
 @pytest.mark.parametrize("assistance", [name for name in ASSISTANCE if name != "a stranger"])
 def test_what_drafts_were_made_in_is_freed_when_the_call_ends(assistance, ends):
     class Breaks(BaseStreamer):
@@ -337,7 +337,7 @@ def text_model(name: str, **settings):
 @pytest.mark.parametrize(
     "name, settings",
     [
-        ("gemma4_text", dict(global_head_dim=16, layer_types=["full_attention"] * 3)),
+        ("gemma4_text", dict(global_head_dim=16, layer_types=["full_attention"] * 2)),
         (
             "gemma4_text",
             dict(
@@ -350,9 +350,9 @@ def text_model(name: str, **settings):
         (
             "gemma3n_text",
             dict(
-                layer_types=["full_attention"] * 3,
-                intermediate_size=[96] * 3,
-                activation_sparsity_pattern=[0.0] * 3,
+                layer_types=["full_attention"] * 2,
+                intermediate_size=[96] * 2,
+                activation_sparsity_pattern=[0.0] * 2,
                 laurel_rank=8,
             ),
         ),
@@ -370,10 +370,10 @@ def test_layers_that_hold_nothing_can_take_back(name, settings):
 
 @pytest.mark.newest_only
 def test_an_assistant_without_keys_of_its_own_is_named():
-    text = dict(SMALL, head_dim=16, global_head_dim=16, num_kv_shared_layers=3)
+    text = dict(SMALL, head_dim=16, global_head_dim=16, num_kv_shared_layers=2)
     text |= dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
     config = CONFIG_MAPPING["gemma4_assistant"](text_config=text, backbone_hidden_size=64, use_ordered_embeddings=False)
-    model = text_model("gemma4_text", global_head_dim=16, layer_types=["full_attention"] * 3)
+    model = text_model("gemma4_text", global_head_dim=16, layer_types=["full_attention"] * 2)
     passes = Passes(model)
     with pytest.raises(ValueError, match="`assistant_model` .Gemma4AssistantForCausalLM. can't draft.*no keys of its"):
         said(model, prompt(5), assistant_model=AutoModelForCausalLM.from_config(config))

@@ -63,7 +63,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_it_goes_on_where_it_was_cut_off(arguments, run, tmp_path):
-    arguments += ["--caches", "full", "sink", "window", "--tokens", "512", "--results"]
+    arguments += ["--caches", "full", "sink", "window", "--tokens", "256", "--every", "32", "--results"]
     assert "sink cache" in run("perplexity", *arguments, str(tmp_path / "whole"))
     expected = rows(tmp_path / "whole")
     assert len(expected) == 3 * 8

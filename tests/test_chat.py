@@ -1,14 +1,18 @@
 """`examples/chat.py`, in a real terminal."""
 
 import os
+import pty
 import re
 import runpy
+import signal
 import sys
+import termios
 import time
 
 import pexpect
 import pytest
 import torch
+from pexpect.fdpexpect import fdspawn
 
 import custom_generate
 from tests.support import ROOT
@@ -22,27 +26,49 @@ def terminal(carrier, tmp_path, installed):
     """A function that starts a chat, with a model that never ends its answers."""
     started = []
 
-    def start(*arguments: str) -> pexpect.spawn:
-        command = [str(ROOT / "examples/chat.py"), "--model", str(carrier), "--window-length", "64", *arguments]
-        settings = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, encoding="utf-8")
-        settings |= dict(timeout=60, echo=False)
-        started.append(pexpect.spawn(sys.executable, command, **settings))
-        started[-1].expect("> ")
-        return started[-1]
+    def start(*arguments: str) -> fdspawn:
+        program = str(ROOT / "examples/chat.py")
+        # A fork of this process, which has imported what takes seconds.
+        process, terminal = pty.fork()
+        if process == 0:
+            try:
+                os.chdir(tmp_path)
+                sys.path.insert(0, str(installed))
+                sys.argv = [program, "--model", str(carrier), "--window-length", "64", *arguments]
+                be_a_program_in_a_terminal()
+                runpy.run_path(program, run_name="__main__")
+            finally:
+                os._exit(0)
+        chat = fdspawn(terminal, timeout=60, encoding="utf-8")
+        started.append((process, chat))
+        chat.expect("> ")
+        return chat
 
     yield start
-    for chat in started:
-        chat.close(force=True)
+    for process, chat in started:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        chat.close()
 
 
-def say(chat: pexpect.spawn, line: str) -> str:
+def be_a_program_in_a_terminal() -> None:
+    """Read from and write to the terminal of this process, which doesn't say again what is typed."""
+    torch.set_num_threads(1)  # a fork has no others
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+    settings = termios.tcgetattr(0)
+    settings[3] &= ~termios.ECHO
+    termios.tcsetattr(0, termios.TCSANOW, settings)
+
+
+def say(chat: fdspawn, line: str) -> str:
     """What is printed before the next prompt."""
     chat.sendline(line)
     chat.expect("\n?> ")
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", chat.before).strip()
 
 
-def seen(chat: pexpect.spawn) -> int:
+def seen(chat: fdspawn) -> int:
     return int(re.match(r"([\d,]+) tokens seen", say(chat, "/stats")).group(1).replace(",", ""))
 
 
@@ -72,7 +98,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal):
     chat = terminal("--max-new-tokens", "1000000")
     chat.sendline("Go on for ever.")
     time.sleep(1)
-    chat.sendintr()
+    chat.send("\x03")
     chat.expect("\n?> ")
     stopped = seen(chat)
     assert stopped > 40  # it was in the answer: the turn itself is shorter

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7") and RELEASE >= Version("5.2"),
     reason="from 5.2 transformers needs torch 2.7 to be compiled",
 )
-NEW_TOKENS = 40
+NEW_TOKENS = 28
 # Models of 4.52 ask how many tokens were seen: for the second one, their code is compiled again, for any number.
 GRAPHS = 2 if RELEASE < Version("4.53") else 1
 
@@ -51,7 +51,7 @@ def stream(model, ids, cache=None, max_new_tokens=NEW_TOKENS, **kwargs):
 
 
 def model_that_shifts_back():
-    """The window of 16 fills and, at position 24, is shifted back: thrice while 40 tokens come."""
+    """The window of 16 fills and, at position 24, is shifted back: twice while 28 tokens come."""
     return small_model(num_hidden_layers=2, max_position_embeddings=24)
 
 
@@ -130,7 +130,7 @@ def test_no_compilation_where_the_past_is_recorded():
 
 @pytest.mark.skipif(RELEASE < Version("4.56"), reason="until 4.55 no layers of several kinds are served")
 def test_no_compilation_with_layers_that_slide():
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    kinds = ["full_attention", "sliding_attention"]
     model, graphs = small_model("qwen3", layer_types=kinds, sliding_window=10, use_sliding_window=True), []
     sequences = stream(model, prompt(5), compile_config=tracing(graphs))
     assert torch.equal(sequences, stream(model, prompt(5))) and graphs == []
@@ -166,7 +166,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
 
     def stop(input_ids, scores, **kwargs):
         seen.append(input_ids)
-        if input_ids.shape[1] == 33:
+        if input_ids.shape[1] == 25:
             raise KeyboardInterrupt
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -183,7 +183,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
             stopping_criteria=transformers.StoppingCriteriaList([stop]),
         )
     assert set(vars(model)) == before and not cache.is_compileable
-    assert cache.get_seq_length() == 32
+    assert cache.get_seq_length() == 24
     settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False)
     sequences = generate(model, input_ids=seen[-1], past_key_values=cache, compile_config=config, **settings)
     assert torch.equal(sequences[:, : 5 + NEW_TOKENS], generate(model, 16, 4, input_ids=prompt(5), **settings))
@@ -192,18 +192,7 @@ def test_an_error_between_compiled_steps_loses_nothing():
 
 @pytest.mark.slow
 @pytest.mark.newest_only
-def test_code_for_this_processor():
-    model = small_model(num_hidden_layers=1, max_position_embeddings=24)
-    config = CompileConfig(fullgraph=True, mode="default")
-    config._compile_all_devices = True
-    sequences = stream(model, prompt(5), compile_config=config)
-    assert torch.equal(sequences, stream(model, prompt(5)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS
-
-
-@pytest.mark.slow
-@pytest.mark.newest_only
-def test_compiled_code_writes_only_where_cuda_graphs_may():
+def test_code_for_this_processor_writes_only_where_cuda_graphs_may():
     """Such code is not recorded as a CUDA graph if it writes into inputs whose place in memory is not known to stay."""
     written, static = [], []
 
@@ -219,7 +208,9 @@ def test_compiled_code_writes_only_where_cuda_graphs_may():
 
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True
-    stream(small_model(num_hidden_layers=1, max_position_embeddings=24), prompt(5), compile_config=config)
+    model = small_model(num_hidden_layers=1, max_position_embeddings=24)
+    sequences = stream(model, prompt(5), compile_config=config)
+    assert torch.equal(sequences, stream(model, prompt(5)))
     assert len(written) == GRAPHS
     assert all(len(each) == 2 for each in written)  # keys and values
     assert all(each <= known for each, known in zip(written, static))

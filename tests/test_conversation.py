@@ -242,7 +242,8 @@ def in_float64(forward):
 
 @pytest.mark.parametrize("moved", [[1], *map(at_the_ends, ([0], [0, 2], [0, 1, 2]))], ids=str)
 def test_layers_that_are_in_several_places_now(moved):
-    settings = dict(max_position_embeddings=20, attn_implementation="eager")  # which takes a mask of any dtype
+    settings = dict(num_hidden_layers=3, max_position_embeddings=20)
+    settings |= dict(attn_implementation="eager")  # which takes a mask of any dtype
     model, cache, sequences, expected = a_conversation(40, rows=2, **settings)
     # As if they were on other devices: some of them compute in float64 now.
     for layer_idx in moved:

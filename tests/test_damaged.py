@@ -94,7 +94,7 @@ def test_damage_shows_in_the_checksum(damage, conversation, tmp_path):
 
 def test_a_file_of_another_model(conversation, tmp_path):
     model, whole = conversation
-    for other in (small_model("qwen3"), small_model(num_hidden_layers=2)):
+    for other in (small_model("qwen3"), small_model(num_hidden_layers=1)):
         refuses(whole, other, "another model")
 
 

@@ -25,7 +25,7 @@ from custom_generate.generate import CACHE, SinkCache, generate
 from tests.support import ROOT
 from tests.support.helpers import RELEASE, at_the_ends, image_url, loadable, prompt, seeded, small_model
 
-CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=40, do_sample=False)
+CALL = dict(window_length=16, num_sink_tokens=4, max_new_tokens=24, do_sample=False)
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def model():
     return small_model(vocab_size=300)
 
 
-@pytest.fixture
-def expected(model):
+@pytest.fixture(scope="module")
+def expected():
     """The tokens of the call through the local folder."""
-    return through_the_folder(model, prompt(5))
+    return through_the_folder(small_model(vocab_size=300), prompt(5))
 
 
 def through_the_folder(model, input_ids, **settings) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_a_hub_id_with_a_revision(hub, model):
             custom_generate="org/pinned",
             trust_remote_code=True,
             revision=revision,
-            max_new_tokens=40,
+            max_new_tokens=24,
             do_sample=False,
             return_dict_in_generate=True,
         )
@@ -123,9 +123,9 @@ def test_classes_of_two_doors_know_each_other(model, expected):
     # A cache made by this module's class goes on in the class that transformers loaded, and the other way round.
     cache = SinkCache(16, 4)
     settings = dict(return_dict_in_generate=True, cache=cache, window_length=None, num_sink_tokens=None)
-    output = through_the_folder(model, prompt(5), max_new_tokens=20, **settings)
+    output = through_the_folder(model, prompt(5), max_new_tokens=12, **settings)
     assert output[CACHE] is cache
-    loaded = through_the_folder(model, prompt(5), max_new_tokens=20, return_dict_in_generate=True)[CACHE]
+    loaded = through_the_folder(model, prompt(5), max_new_tokens=12, return_dict_in_generate=True)[CACHE]
     assert type(loaded).__name__ == "SinkCache" and not isinstance(loaded, SinkCache)
     for past_key_values in (cache, loaded):
         rest = generate(
@@ -133,7 +133,7 @@ def test_classes_of_two_doors_know_each_other(model, expected):
             input_ids=output.sequences,
             attention_mask=torch.ones_like(output.sequences),  # a random model may well say the pad token
             past_key_values=past_key_values,
-            max_new_tokens=20,
+            max_new_tokens=12,
             do_sample=False,
         )
         assert torch.equal(rest, expected)
@@ -163,7 +163,7 @@ def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
     name = loadable(carrier) if door == "folder" else "you/my_model"
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     expected = through_the_folder(AutoModelForCausalLM.from_pretrained(carrier), prompt(5))
-    call = dict(input_ids=prompt(5), max_new_tokens=40, do_sample=False)
+    call = dict(input_ids=prompt(5), max_new_tokens=24, do_sample=False)
     assert torch.equal(model.generate(**call), expected)
     assert torch.equal(copy.deepcopy(model).generate(**call), expected)
     assert not torch.equal(model.generate(**call, window_length=64), expected)
@@ -178,7 +178,7 @@ def test_a_model_repository_that_carries_it(door, carrier, tmp_path):
 def test_a_prompt_by_position_on_a_model_that_carries_it(door, carrier):
     name = loadable(carrier) if door == "folder" else "you/my_model"
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-    settings = dict(max_new_tokens=40, do_sample=False)
+    settings = dict(max_new_tokens=24, do_sample=False)
     config = GenerationConfig(**settings, pad_token_id=0)
     expected = model.generate(input_ids=prompt(5), **settings)
     assert torch.equal(model.generate(prompt(5), **settings), expected)
@@ -250,7 +250,7 @@ def test_a_pipeline(chat, door, carrier, hub):
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids
-    text = generator(messages if chat else prompt, max_new_tokens=40, do_sample=False, return_full_text=False, **call)
+    text = generator(messages if chat else prompt, max_new_tokens=24, do_sample=False, return_full_text=False, **call)
     plain = AutoModelForCausalLM.from_pretrained(carrier)
     expected = through_the_folder(plain, inputs)[0, inputs.shape[1] :]
     assert text[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
@@ -289,7 +289,7 @@ def test_a_pipeline_of_images(door, carrier_of_images, hub):
 
 
 def test_a_window_from_a_generation_config(model, expected):
-    settings = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
+    settings = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
     config = GenerationConfig(window_length=16, num_sink_tokens=4, **settings)
     assert torch.equal(generate(model, input_ids=prompt(5), generation_config=config), expected)
     # An argument wins over a configuration that is handed over, and that over the model's own.
@@ -309,8 +309,8 @@ def test_a_window_from_a_file_that_is_no_number(model):
         generate(model, input_ids=prompt(5))
 
 
-@pytest.mark.parametrize("door", ["folder", "hub"])
-def test_a_window_in_a_file_from_which_transformers_drops_it_is_named(door, hub, tmp_path):
+@pytest.mark.parametrize("door", [at_the_ends("folder"), "hub"])
+def test_a_window_in_a_file_from_which_transformers_drops_it_is_named(door, hub, expected, tmp_path):
     folder = tmp_path / f"dropped-by-{door}"
     small_model(vocab_size=300).save_pretrained(folder)
     settings = {"_from_model_config": True, "window_length": 16, "num_sink_tokens": 4, "kept_conversations": 2}
@@ -321,7 +321,6 @@ def test_a_window_in_a_file_from_which_transformers_drops_it_is_named(door, hub,
         hub.commit_folder(name, folder)
     carrying = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     call = dict(input_ids=prompt(5), max_new_tokens=CALL["max_new_tokens"], do_sample=False)
-    expected = through_the_folder(small_model(vocab_size=300), prompt(5))
     for model in (carrying.generate, functools.partial(generate, carrying)):
         for given, named in ({}, "window_length` is 16"), ({"window_length": 16}, "num_sink_tokens` is 4"):
             with pytest.raises(ValueError, match=f"`{named} in the model's.*Delete that entry.*dropped"):
@@ -354,7 +353,7 @@ def test_a_model_without_a_generation_config_and_one_that_is_not_found_again(tmp
 
 
 def test_plain_generate_with_a_bound_cache(model, expected):
-    call = dict(input_ids=prompt(5), max_new_tokens=40, do_sample=False)
+    call = dict(input_ids=prompt(5), max_new_tokens=24, do_sample=False)
     assert torch.equal(model.generate(**{CACHE: SinkCache(16, 4).bind(model)}, **call), expected)
     call |= dict(do_sample=True)
     with seeded():
@@ -365,7 +364,7 @@ def test_plain_generate_with_a_bound_cache(model, expected):
 
 def test_plain_generate_goes_on_in_a_bound_cache(model, expected):
     cache = SinkCache(16, 4).bind(model)
-    call = {CACHE: cache, "max_new_tokens": 20, "do_sample": False}
+    call = {CACHE: cache, "max_new_tokens": 12, "do_sample": False}
     first = model.generate(prompt(5), **call)
     # With a mask: a random model may well say the pad token, which transformers would take for padding.
     assert torch.equal(model.generate(first, attention_mask=torch.ones_like(first), **call), expected)

@@ -12,7 +12,7 @@ from tests.support.helpers import loadable, prompt, small_model
 
 pytestmark = pytest.mark.newest_only
 
-SETTINGS = dict(max_new_tokens=60, do_sample=False)
+SETTINGS = dict(max_new_tokens=24, do_sample=False)
 FILES = {
     "cache_implementation": "hybrid",
     "use_cache": False,
@@ -35,7 +35,7 @@ def by_hand(model, **kwargs):
     return generate(model, 16, 4, input_ids=prompt(5), **kwargs)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected():
     return by_hand(small_model(), **SETTINGS)
 
@@ -49,7 +49,7 @@ def test_what_a_models_files_say_is_served(name, door, expected):
     assert torch.equal(door(model, **SETTINGS), expected)
     config = copy.deepcopy(model.generation_config)  # the model's own, handed back
     assert torch.equal(door(model, generation_config=config, **SETTINGS), expected)
-    config.max_new_tokens, config.do_sample = 60, False
+    config.max_new_tokens, config.do_sample = 24, False
     asked = config.to_dict()
     assert torch.equal(door(model, generation_config=config, return_dict_in_generate=True).sequences, expected)
     assert config.to_dict() == asked and model.generation_config.to_dict() == before

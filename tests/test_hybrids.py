@@ -17,16 +17,14 @@ FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=16)
 SLIDE = {
-    "gemma3_text": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=10),  # two kinds of rotation
-    "cohere2": dict(layer_types=[SLIDING, SLIDING, FULL], sliding_window=10),  # no positions where it is full
-    "gpt_oss": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=24, **EXPERTS),  # sinks of its own
-    "llama4_text": dict(
-        layer_types=[CHUNKED, FULL, CHUNKED], attention_chunk_size=10, intermediate_size_mlp=64, **EXPERTS
-    ),
+    "gemma3_text": dict(layer_types=[SLIDING, FULL], sliding_window=10),  # two kinds of rotation
+    "cohere2": dict(layer_types=[SLIDING, FULL], sliding_window=10),  # no positions where it is full
+    "gpt_oss": dict(layer_types=[SLIDING, FULL], sliding_window=24, **EXPERTS),  # sinks of its own
+    "llama4_text": dict(layer_types=[CHUNKED, FULL], attention_chunk_size=10, intermediate_size_mlp=64, **EXPERTS),
 }
 KEEP_A_STATE = {
     "qwen3_next": dict(
-        layer_types=[LINEAR, FULL, LINEAR],
+        layer_types=[LINEAR, FULL],
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=16,
@@ -36,7 +34,7 @@ KEEP_A_STATE = {
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     ),
-    "lfm2": dict(layer_types=["conv", FULL, "conv"]),  # convolutions
+    "lfm2": dict(layer_types=["conv", FULL]),  # convolutions
     "bamba": dict(attn_layer_indices=[1], **MAMBA2),
     "falcon_h1": dict(mamba_d_ssm=64, **MAMBA2 | dict(mamba_n_heads=4)),  # both in each layer
     "jamba": dict(  # no positions, and its states are forgotten where several tokens come at once
@@ -80,7 +78,7 @@ def test_every_step_far_past_the_window(name):
 def test_every_step_while_positions_are_shifted_back(name):
     # Those of the keys in sliding layers too, and in bounds that are below what such a layer reaches across.
     model = hybrid(name, max_position_embeddings=20)
-    output = stream(model, prompt(3), max_new_tokens=50)
+    output = stream(model, prompt(3))
     assert difference(torch.cat(output.logits), oracle(model, output.sequences[0].tolist(), 16, 4)[2:-1]) < 1e-5
 
 
@@ -130,7 +128,8 @@ def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
     caches = [copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache]
     said = torch.cat([first.sequences, prompt(5)], dim=1)
     for cache in caches:
-        output = stream(model, said, 20, past_key_values=cache)
+        # With a mask: a random model may well say the pad token, which transformers would take for padding.
+        output = stream(model, said, 12, past_key_values=cache, attention_mask=torch.ones_like(said))
         expected = oracle(model, output.sequences[0].tolist(), 16, 4)
         assert difference(torch.cat(output.logits), expected[44:-1]) < 1e-5
     cache.reset()
@@ -183,7 +182,7 @@ def test_a_loop_of_ones_own(name, prepared):
     assert difference(torch.cat(logits), oracle(model, tokens[0].tolist(), 16, 4)) < 1e-5
 
 
-@pytest.mark.parametrize("no_rope_layers, length", [([1, 0, 1], 30), at_the_ends([1, 1, 1], 3)], ids=str)
+@pytest.mark.parametrize("no_rope_layers, length", [([1, 0], 30), at_the_ends([1, 1], 3)], ids=str)
 def test_positions_and_places_stay_below_where_a_model_scales_its_queries(no_rope_layers, length):
     settings = dict(no_rope_layers=no_rope_layers, attn_scale=0.5)
     model = hybrid("llama4_text", floor_scale=17, **settings)
@@ -276,7 +275,7 @@ def test_a_damaged_file_of_each_kind_of_layer(name, tmp_path):
 def test_gemma4_without_layers_that_share_keys():
     """Up to 5.8 at least, transformers' cache then has no layers, and those that slide looked like any others."""
     settings = dict(global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0, sliding_window=10)
-    config = CONFIG_MAPPING["gemma4_text"](**{**SMALL, "head_dim": 16}, **settings, layer_types=[SLIDING, FULL, FULL])
+    config = CONFIG_MAPPING["gemma4_text"](**{**SMALL, "head_dim": 16}, **settings, layer_types=[SLIDING, FULL])
     with seeded():
         model = AutoModelForCausalLM.from_config(config).eval()
     output = stream(model, prompt(5))

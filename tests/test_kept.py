@@ -29,7 +29,7 @@ from tests.support.oracle import difference
 from tests.test_hybrids import CORE, SERVED, hybrid
 
 reading = sys.modules["custom_generate.generate"]  # the package has the function by that name
-NEW_TOKENS = 10
+NEW_TOKENS = 6
 SETTINGS = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 SETTINGS |= dict(return_dict_in_generate=True, output_logits=True)
 # Prompt lookup of older releases needs a token that ends a text, and 5.0 takes no least length with an assistant.
@@ -76,15 +76,16 @@ def longer(ids, number, seed):
 
 def test_a_turn_reads_what_is_new():
     model, ids = small_model(), prompt(30)
-    for turn in range(5):
+    for turn in range(4):
         new = ids.shape[1] if turn == 0 else 7 + 1  # the last token of an answer was not read yet
         ids = longer(check_as_anew(model, ids, new), 7, seed=turn)
 
 
+@pytest.mark.ends_only
 def test_a_turn_reads_the_last_answer_too_where_it_comes_back_changed():
     model, ids = small_model(), prompt(30)
     check_as_anew(model, ids, 30)
-    for turn in range(4):
+    for turn in range(3):
         ids = longer(longer(ids, 5, seed=turn), 7, seed=50 + turn)  # another answer than was given, and a question
         check_as_anew(model, ids, 5 + 7)
 
@@ -109,6 +110,7 @@ def test_what_a_template_puts_before_an_answer_may_be_left_out_later(number, len
     assert torch.equal(output.sequences, anew.sequences)
 
 
+@pytest.mark.ends_only
 def test_the_same_prompt_again_reads_one_token():
     model, ids = small_model(), prompt(40)
     check_as_anew(model, ids, 40)
@@ -244,6 +246,7 @@ def test_a_pipeline_that_gets_messages():
         messages, length = said, len(ids)
 
 
+@pytest.mark.ends_only
 def test_a_generate_of_the_class_that_runs_the_loop_twice():
     class Twice(LlamaForCausalLM):
         def generate(self, input_ids, **kwargs):
@@ -434,7 +437,7 @@ def test_an_aborted_answer_leaves_the_prompt(after):
 
 
 @pytest.mark.newest_only
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_an_error_in_the_middle_of_a_pass_leaves_what_was_there(at, layer):
     model, ids = small_model(), prompt(30)

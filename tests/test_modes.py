@@ -124,7 +124,7 @@ def test_weights_that_are_elsewhere_until_they_are_needed(where, read, tmp_path)
         accelerate.cpu_offload(model, execution_device="cpu")
     else:  # as `device_map` does where memory is short
         device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-        device_map |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+        device_map |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(2)}
         accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path / "weights")
     cache = SinkCache(16, 4)
     tokens = generate(model, past_key_values=cache, **inputs, **settings)
@@ -142,8 +142,12 @@ def test_weights_that_are_elsewhere_until_they_are_needed(where, read, tmp_path)
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
 
 
-@pytest.mark.parametrize("modes", list(itertools.permutations(MODES)), ids="-".join)
-@pytest.mark.parametrize("name", ["llama", *(name for name in ("gemma3_text", "qwen3_next") if name in SERVED)])
+ORDERS = list(itertools.permutations(MODES))
+ORDERED = [("llama", modes) for modes in ORDERS]
+ORDERED += [(name, modes) for name in ("gemma3_text", "qwen3_next") if name in SERVED for modes in ORDERS[::5]]
+
+
+@pytest.mark.parametrize("name, modes", ORDERED, ids=str)
 def test_each_operation_in_any_mode(name, modes, tmp_path):
     # Nothing is written into what was made in another mode, and nothing keeps a graph.
     settings = dict(max_position_embeddings=20)  # positions are lowered every few tokens

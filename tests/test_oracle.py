@@ -55,7 +55,7 @@ def error(model, input_ids, window_length, num_sink_tokens, max_new_tokens, **kw
 )
 def test_every_step_far_past_the_window(architecture, window, attn_implementation):
     model = small_model(architecture, attn_implementation)
-    assert error(model, prompt(3), *window, max_new_tokens=80) < 1e-5
+    assert error(model, prompt(3), *window, max_new_tokens=50) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_every_step_while_positions_are_shifted_back(window, trained_length):
     hook = model.model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
     )
-    tokens, logits = stream(model, prompt(3), *window, max_new_tokens=100)
+    tokens, logits = stream(model, prompt(3), *window, max_new_tokens=60)
     hook.remove()
     assert max(int(ids.max()) for ids in positions) < trained_length
     assert min(int(ids.min()) for ids in positions) >= 0
@@ -88,7 +88,7 @@ def phi3(length: int, long_factor: list[float]):
 
 
 def with_a_table(config, length: int):
-    sizes = dict(vocab_size=211, n_embd=64, n_layer=3, n_head=4, rotary_dim=8, eos_token_id=None, pad_token_id=0)
+    sizes = dict(vocab_size=211, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, eos_token_id=None, pad_token_id=0)
     return small_model(config(n_positions=length, **sizes), attn_implementation="eager")
 
 
@@ -114,12 +114,12 @@ ROPE = {
     [case if "dynamic" in name or "longrope" in name else at_the_ends(*case) for name, case in ROPE.items()],
     ids=ROPE,
 )
-def test_six_times_the_trained_length(model, reference):
+def test_four_times_the_trained_length(model, reference):
     model, positions = model(), []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
     )
-    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=120)
+    tokens, logits = stream(model, prompt(3), 16, 4, max_new_tokens=50)
     hook.remove()
     assert 0 <= min(int(ids.min()) for ids in positions) and max(int(ids.max()) for ids in positions) < 20
     assert difference(logits, oracle(reference(), tokens, 16, 4)[2:-1]) < 1e-5
@@ -127,7 +127,7 @@ def test_six_times_the_trained_length(model, reference):
 
 def test_latent_attention_while_positions_are_shifted_back():
     # From 5.17 at the latest, it caches what turns of its keys as values.
-    assert error(small_model("deepseek_v3", max_position_embeddings=17), prompt(3), 16, 4, max_new_tokens=80) < 1e-5
+    assert error(small_model("deepseek_v3", max_position_embeddings=17), prompt(3), 16, 4, max_new_tokens=50) < 1e-5
 
 
 def test_a_model_that_slides_further_than_the_window():
@@ -227,7 +227,7 @@ def test_several_tokens_that_evict_need_the_mask_of_prepare_inputs():
 @pytest.mark.newest_only
 def test_a_prepared_loop_keeps_positions_bounded():
     model = small_model(max_position_embeddings=17)
-    assert own_loop(model, prompt(80), 16, 4, [1] * 80, prepared=True) < 1e-5
+    assert own_loop(model, prompt(60), 16, 4, [1] * 60, prepared=True) < 1e-5
 
 
 def test_a_loop_goes_on_prepared_where_the_model_may_not_count_further():
@@ -266,7 +266,8 @@ def test_several_turns():
     tokens = prompt(10)
     for turn in range(3):
         before = tokens.shape[1]
-        output = answer(model, cache, tokens, seed=turn)
+        # With a mask: a random model may well say the pad token, which transformers would take for padding.
+        output = answer(model, cache, tokens, seed=turn, attention_mask=torch.ones_like(tokens))
         expected = oracle(model, output.sequences[0].tolist(), 16, 4)[before - 1 : -1]
         assert difference(torch.cat(output.logits), expected) < 1e-5
         assert output[CACHE] is cache
@@ -283,21 +284,21 @@ night, because the keeper had been his grandfather, and"""
 def test_the_real_model(real_model):
     model, tokenizer = real_model
     input_ids = tokenizer(STORY, return_tensors="pt").input_ids
-    assert error(model, input_ids, 48, 4, max_new_tokens=16) < 1e-5
+    assert error(model, input_ids[:, :40], 24, 4, max_new_tokens=8) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.newest_only
 def test_the_perplexity_of_a_long_prompt_whatever_its_chunks(real_model):
     model, tokenizer = real_model
-    tokens = tokenizer(pydoc_data.topics.topics["comparisons"], return_tensors="pt").input_ids[:, :97]
+    tokens = tokenizer(pydoc_data.topics.topics["comparisons"], return_tensors="pt").input_ids[:, :65]
     perplexities = []
-    for chunk_size in (1, 7, 33):
-        cache, logits = SinkCache(64, 4).bind(model), []
+    for chunk_size in (1, 7, 25):
+        cache, logits = SinkCache(40, 4).bind(model), []
         with torch.no_grad():
-            for ids in tokens[:, :96].split([63] + [chunk_size] * (33 // chunk_size) + [33 % chunk_size], dim=1):
+            for ids in tokens[:, :64].split([39] + [chunk_size] * (25 // chunk_size) + [25 % chunk_size], dim=1):
                 logits += [model(**cache.prepare_inputs(ids)).logits[0]] if ids.shape[1] else []
-        loss = torch.nn.functional.cross_entropy(torch.cat(logits)[63:], tokens[0, 64:])
+        loss = torch.nn.functional.cross_entropy(torch.cat(logits)[39:], tokens[0, 40:])
         perplexities.append(float(loss.exp()))
     assert max(perplexities) - min(perplexities) < 5e-5 * min(perplexities)
 
@@ -308,4 +309,4 @@ def test_a_real_model_whose_layers_slide(real_hybrid_model):
     # Five of six layers slide over the last 512 tokens; with the whole cache a step is 5e-6 off one pass over all.
     model, tokenizer = real_hybrid_model
     input_ids = tokenizer(STORY, return_tensors="pt").input_ids
-    assert error(model, input_ids, 48, 4, max_new_tokens=16) < 2e-5
+    assert error(model, input_ids[:, :40], 24, 4, max_new_tokens=8) < 2e-5

@@ -36,9 +36,9 @@ from tests.test_taking_back import feed
 
 TINY = dict(vocab_size=SMALL["vocab_size"], initializer_range=0.3, eos_token_id=None, pad_token_id=None)
 CONFIGS = {
-    "bloom": lambda **settings: BloomConfig(**TINY, hidden_size=64, n_layer=3, n_head=4, **settings),
+    "bloom": lambda **settings: BloomConfig(**TINY, hidden_size=64, n_layer=2, n_head=4, **settings),
     "falcon": lambda **settings: FalconConfig(
-        **TINY, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, alibi=True, **settings
+        **TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, **settings
     ),
     # Heads that share keys, and more of them than a power of 2.
     "falcon, new": lambda: FalconConfig(
@@ -50,7 +50,7 @@ CONFIGS = {
         new_decoder_architecture=True,
         alibi=True,
     ),
-    "mpt": lambda max_seq_len=32: MptConfig(**TINY, d_model=64, n_layers=3, n_heads=4, max_seq_len=max_seq_len),
+    "mpt": lambda max_seq_len=32: MptConfig(**TINY, d_model=64, n_layers=2, n_heads=4, max_seq_len=max_seq_len),
 }
 if RELEASE < Version("4.54"):  # until then it has a cache of its own
     CONFIGS.pop("mpt")
@@ -85,8 +85,8 @@ OTHER_WINDOWS += [("mpt", (16, 15))] if "mpt" in CONFIGS else []
 def test_every_step_far_past_the_window(name, window):
     model = ordered(name)
     with seeded():
-        settings = dict(min_new_tokens=50, do_sample=True, return_dict_in_generate=True, output_logits=True)
-        output = generate(model, *window, input_ids=prompt(3), max_new_tokens=50, **settings)
+        settings = dict(min_new_tokens=36, do_sample=True, return_dict_in_generate=True, output_logits=True)
+        output = generate(model, *window, input_ids=prompt(3), max_new_tokens=36, **settings)
     expected = oracle_in_order(model, output.sequences[0].tolist(), *window)
     assert difference(torch.cat(output.logits), expected[2:-1]) < 1e-5
 
@@ -148,7 +148,7 @@ def test_a_prompt_goes_in_at_once_up_to_the_window_and_then_token_by_token():
 def test_each_row_as_if_alone(name, prefill_chunk_size):
     model = ordered(name)
     prompts = [prompt(length, seed=length) for length in (3, 30, 12)]
-    settings = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    settings = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_logits=True)
     batch = generate(model, 16, 4, **left_padded(prompts, padding=7), prefill_chunk_size=prefill_chunk_size, **settings)
     for row, ids in enumerate(prompts):
         alone = generate(model, 16, 4, input_ids=ids, **settings)
@@ -201,7 +201,7 @@ def test_turns_copies_files_and_resets_are_one_stream(name, tmp_path):
     caches = [copy.deepcopy(cache), SinkCache.load(tmp_path / "conversation", model), cache]
     said = torch.cat([first.sequences, prompt(5)], dim=1)
     for cache in caches:
-        output = stream(model, said, 20, past_key_values=cache)
+        output = stream(model, said, 12, past_key_values=cache)
         expected = oracle_in_order(model, output.sequences[0].tolist(), 16, 4)
         assert difference(torch.cat(output.logits), expected[44:-1]) < 1e-5
     cache.reset()
@@ -225,7 +225,7 @@ def test_a_second_turn_while_the_window_has_room(name):
 def test_beams_follow_their_hypotheses(name):
     # A beam's score is that of its tokens streamed by themselves.
     model = ordered(name)
-    settings = dict(num_beams=3, num_return_sequences=3, max_new_tokens=40, return_dict_in_generate=True)
+    settings = dict(num_beams=3, num_return_sequences=3, max_new_tokens=24, return_dict_in_generate=True)
     output = generate(model, 16, 4, input_ids=prompt(3), do_sample=False, output_scores=True, **settings)
     for sequence, score in zip(output.sequences, output.sequences_scores):
         logits = oracle_in_order(model, sequence.tolist(), 16, 4)[2:-1].log_softmax(dim=-1)
@@ -442,6 +442,6 @@ def test_memory_is_a_window(name):
 
 @pytest.mark.skipif("mpt" in CONFIGS, reason="from 4.54 it uses the cache that it is given")
 def test_a_model_with_a_cache_of_its_own_is_refused():
-    config = MptConfig(**TINY, d_model=64, n_layers=3, n_heads=4, max_seq_len=32)
+    config = MptConfig(**TINY, d_model=64, n_layers=2, n_heads=4, max_seq_len=32)
     with pytest.raises(ValueError, match="gives it a cache of its own"):
         generate(AutoModelForCausalLM.from_config(config).eval(), 16, 4, input_ids=prompt(3), max_new_tokens=5)

@@ -61,7 +61,8 @@ def seeing(workplace, hub) -> None:
 
 def shorter(snippet: str) -> str:
     """A document's code, but it generates less, and says to plain `generate` what this release calls a cache."""
-    snippet = re.sub(r"max_new_tokens=(10|2)_000", "max_new_tokens=300", snippet)  # past a window of 256
+    snippet = re.sub(r"max_new_tokens=(\d+_000|500)\b", "max_new_tokens=265", snippet)  # past a window of 256
+    snippet = re.sub(r"max_new_tokens=[12]00\b", "max_new_tokens=30", snippet)
     return snippet.replace("cache=SinkCache(256, 4).bind(model)", f"{CACHE}=SinkCache(256, 4).bind(model)")
 
 

@@ -138,7 +138,7 @@ def test_a_turn_whose_mask_is_not_that_of_the_turn_before(mask, message):
 
 def test_a_cache_of_another_model():
     one, other = small_model(), small_model()
-    other.model.layers[2].self_attn.k_proj.weight.data *= -1
+    other.model.layers[1].self_attn.k_proj.weight.data *= -1
     cache = SinkCache(16, 4).bind(one)
     SinkCache(16, 4).bind(other)  # reads the rotation
     passes = forward_passes(other)

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import multiprocessing
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from custom_generate.generate import generate
@@ -31,19 +34,19 @@ def documented_command(start: str, url: str) -> list[str]:
     return [str(Path(sys.executable).with_name(program)), *arguments]
 
 
-# Runs a program, and writes a line for each forward pass: how many tokens of a row it got.
-COUNTING = """
-import runpy, sys, torch
+def run_counting(command: list[str], log: Path, counts: Path) -> None:
+    """Run a program, and write a line for each forward pass: how many tokens of a row it got."""
 
-def count(module, args):
-    if isinstance(module, torch.nn.Embedding):
-        with open(counts, "a") as file:
-            print(args[0].shape[1], file=file)
+    def count(module, args):
+        if isinstance(module, torch.nn.Embedding):
+            with counts.open("a") as file:
+                print(args[0].shape[1], file=file)
 
-counts, *sys.argv = sys.argv[1:]
-torch.nn.modules.module.register_module_forward_pre_hook(count)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    torch.set_num_threads(1)  # a fork has no others
+    torch.nn.modules.module.register_module_forward_pre_hook(count)
+    with log.open("w", buffering=1) as sys.stdout:
+        sys.argv, sys.stderr = command, sys.stdout
+        runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +63,19 @@ def server(tmp_path_factory, counts):
     port = free_port()
     url = f"http://localhost:{port}"
     log = tmp_path_factory.mktemp("serve") / "log"
-    program = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
-    command = [sys.executable, "-c", COUNTING, counts, *program]
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield url
-        process.terminate()
+    command = [*documented_command("transformers serve", url), "--device", "cpu", "--port", str(port)]
+    # A fork of this process, which has imported what takes seconds.
+    process = multiprocessing.get_context("fork").Process(target=run_counting, args=(command, log, counts))
+    process.start()
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+            break
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    yield url
+    process.terminate()
+    process.join()
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
 
 def say(model) -> dict[str, torch.Tensor]:
-    """Past a window of 16: beams in a padded batch, and two turns in one cache."""
-    beams = dict(num_beams=2, do_sample=False, max_new_tokens=30)
+    """Past a window of 16: beams in a padded batch, a window of 8 bits, and two turns in one cache."""
+    beams = dict(num_beams=2, do_sample=False, max_new_tokens=16)
     batch = generate(model, 16, 4, **left_padded([prompt(30), prompt(9, seed=1)]), **beams)
+    coded = generate(model, 16, 4, kv_bits=8, input_ids=prompt(20), max_new_tokens=16, do_sample=False)
     cache, ids = SinkCache(16, 4), prompt(20)
     for seed in range(2):
-        settings = dict(past_key_values=cache, max_new_tokens=30, do_sample=False)
+        settings = dict(past_key_values=cache, max_new_tokens=16, do_sample=False)
         ids = torch.cat([generate(model, input_ids=ids, **settings), prompt(5, seed=seed)], dim=1)
-    return {"beams": batch, "turns": ids, "cache": cache}
+    return {"beams": batch, "8 bits": coded, "turns": ids, "cache": cache}
 
 
 def a_rank(number: int, folder: str) -> None:
@@ -52,7 +53,8 @@ def test_two_processes_and_their_files(tmp_path):
     expected = say(model)
     for number in range(2):
         said = torch.load(Path(tmp_path, f"said-{number}"))
-        assert torch.equal(said["beams"], expected["beams"]) and torch.equal(said["turns"], expected["turns"])
+        for name in ("beams", "8 bits", "turns"):
+            assert torch.equal(said[name], expected[name])
         assert said["heads"] == {1}  # of two
         assert said["loaded"] == [other == number for other in range(2)]
         assert not can_load(str(tmp_path / f"conversation-{number}"), model)

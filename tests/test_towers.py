@@ -17,7 +17,7 @@ from tests.support.oracle import difference, oracle
 IMAGE = 210  # the token that an image's features take the place of
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 TEXT = {**SMALL, "head_dim": 16}
-SLIDING = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=10)
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=10)
 MROPE = {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 10000.0}
 TOWERS = {
     "llava": dict(
@@ -79,7 +79,7 @@ TOWERS = {
         ),
         text_config=dict(
             **TEXT,
-            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+            layer_types=["chunked_attention", "full_attention"],
             attention_chunk_size=10,
             num_local_experts=2,
             num_experts_per_tok=1,
@@ -124,7 +124,7 @@ TOWERS = {
             max_num_tiles=1,
             **VISION,
         ),
-        text_config=dict(**SMALL, cross_attention_layers=[1]),
+        text_config=dict(**SMALL | dict(num_hidden_layers=3), cross_attention_layers=[1]),
         image_token_index=IMAGE,
     ),
 }
@@ -225,7 +225,7 @@ def test_a_reading_is_not_told_the_positions_of_another_conversation():
     text = dict(
         **TEXT,
         rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
-        layer_types=["linear_attention", "full_attention", "full_attention"],
+        layer_types=["linear_attention", "full_attention"],
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         linear_num_key_heads=2,

@@ -159,7 +159,7 @@ def test_what_was_prepared_and_never_ran_counts_nothing():
     cache.prepare_inputs(prompt(3, rows=2, seed=1))
     feed(model, cache, said[:, :18], size=6)
     cache.prepare_inputs(prompt(4, seed=1))
-    hook = model.model.layers[2].register_forward_pre_hook(lambda *args: 1 / 0)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(model, cache, prompt(5, seed=2), size=5)
     hook.remove()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ends_only
 DOORS = ["custom_generate", "generate"]
 
 
-def stream(door, model, input_ids, max_new_tokens=60, **kwargs):
+def stream(door, model, input_ids, max_new_tokens=40, **kwargs):
     """Sample far past a window of 16 with 4 sinks; return the tokens and logits, `[rows, max_new_tokens, vocab]`."""
     call = dict(
         input_ids=input_ids,
@@ -75,7 +75,7 @@ def load(source, folder):
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_a_model_whose_code_comes_with_it(source, door, backwards):
     model = load(source, backwards)
-    assert error(door, model, model, max_new_tokens=200) < 1e-5
+    assert error(door, model, model, max_new_tokens=80) < 1e-5
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -127,7 +127,7 @@ def test_a_lora_adapter_is_seen_through(inside, adapted):
     sequences, _ = stream("generate", model, prompt(3))
     cache = SinkCache(16, 4).bind(model)
     with seeded():
-        plain = adapted.generate(input_ids=prompt(3), max_new_tokens=60, do_sample=True, **{CACHE: cache})
+        plain = adapted.generate(input_ids=prompt(3), max_new_tokens=40, do_sample=True, **{CACHE: cache})
     assert torch.equal(plain, sequences)
 
 
@@ -200,8 +200,8 @@ def compiled(how: str, backend: str):
 @pytest.mark.parametrize(
     "door, how, backend",
     [
-        ("custom_generate", "wrapped", "inductor"),
-        ("generate", "wrapped", "inductor"),
+        ("custom_generate", "wrapped", "eager"),
+        on_the_newest("generate", "wrapped", "inductor"),
         pytest.param("custom_generate", "in place", "eager", marks=pytest.mark.slow),
         pytest.param("custom_generate", "its forward", "eager", marks=pytest.mark.slow),
     ],
@@ -249,6 +249,7 @@ def test_few_graphs_of_a_model_that_the_user_compiled(how, dynamic, several):
 
 
 @pytest.mark.slow
+@pytest.mark.newest_only
 def test_a_loop_of_ones_own_on_a_model_that_the_user_compiled():
     model, tokens = small_model(num_hidden_layers=1), prompt(26)
     counting(model, "its forward", None)

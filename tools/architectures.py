@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import multiprocessing
 import re
 import signal
@@ -39,12 +40,17 @@ REPORT = ROOT / "COMPATIBILITY.md"
 SECONDS = 60  # for one model type
 TOLERANCE = 3e-5  # in float32 a stream differs by 1e-5 at most, and one whose keys are not turned by 5e-3 at least
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
-TRAINED_LENGTH, LONG_ENOUGH = 24, 512  # of the model that is streamed, and of the one for the oracle
+TURNS = [(3, 16), (24, 12)]  # of how many tokens a prompt is in each, and an answer
+CEILING, LONG_ENOUGH = 24, 512  # below which positions are kept, and to what length a model is trained
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building a type: its own configuration, made small
 # ---------------------------------------------------------------------------------------------------------------------
 
+# How many layers there are: two, or two of each kind where one of the second says that they differ. A tower has four.
+LAYERS = r"((num|n|en|de)_?)?((en|de)coder_)?(num_)?(hidden_)?(layers?|blocks)(_per_stack)?|depth|.*num_hidden_layers"
+MIXED = r".*_(period|interval|pattern|offset)|.*every_n_layers|layer_group_size|num_(kv_shared|global|lstm)_layers"
+MIXED += r"|.*layers?_(indices|ids|idx|types?|map)|block_types|.*_layers_block_type"
 # What an integer of a configuration becomes, at most, by its name: the first pattern that matches all of it decides.
 SIZES = {
     r"(?!decoder).*(start|begin|boi|boa).*token_(id|index)": 209,
@@ -56,7 +62,7 @@ SIZES = {
     r"first_k_dense_replace|num_dense_layers|max_window_layers|num_res_blocks": 1,
     r".*_(period|interval|pattern)|.*every_n_layers|layer_group_size": 2,
     r".*_offset": 1,
-    r"((num|n|en|de)_?)?((en|de)coder_)?(num_)?(hidden_)?(layers?|blocks)(_per_stack)?|depth|.*num_hidden_layers": 4,
+    LAYERS: 4,  # or 2, by `small`
     r"index_n_heads": 32,  # with few, scores of an index are often 0, and its choice is by chance
     r"index_topk": 8,
     r".*(num_key_value_heads|kv_n_heads|num_kv_heads)": 2,
@@ -207,6 +213,8 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
     depth = getattr(config, "num_hidden_layers", None)
     # A window of its own slides within the stream; where all layers slide, the cache's must fit into it.
     window = 12 if len(set(getattr(config, "layer_types", None) or [])) > 1 else 20
+    fields = {field.name for field in dataclasses.fields(config)}
+    alike = "vocab_size" in fields and not any(re.fullmatch(MIXED, name) for name in fields | set(exceptions))
 
     def size(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -215,6 +223,8 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
             return length
         if re.fullmatch(WINDOWS, name):
             return window
+        if alike and re.fullmatch(LAYERS, name):
+            return min(value, 2)
         return next((min(value, size) for pattern, size in SIZES.items() if re.fullmatch(pattern, name)), value)
 
     settings: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
@@ -245,7 +255,7 @@ def small(config: PreTrainedConfig, length: int, exceptions: dict[str, Any]) -> 
     elif per_layer:
         kinds = [str(kind) for kind in zip(*per_layer.values())]
         first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-        layers = first * 2 if len(first) > 1 else first * 3
+        layers = first * 2
         settings |= {name: [values[layer] for layer in layers] for name, values in per_layer.items()}
         settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     return type(config)(**{**settings, **exceptions})
@@ -334,7 +344,9 @@ def _attempt(name: str, of_images: bool) -> Row:
 
     @functools.cache
     def reference() -> PreTrainedModel:
-        """The same model, trained to a length of which the stream knows nothing."""
+        """The same model, if it depends on its length then trained to one of which the stream knows nothing."""
+        if not callable(settings):
+            return model
         reference = build(model_type, LONG_ENOUGH, settings, types)
         shapes = {name: tensor.shape for name, tensor in reference.state_dict().items()}
         weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes.get(name)}
@@ -348,7 +360,7 @@ def _attempt(name: str, of_images: bool) -> Row:
     signal.alarm(SECONDS)
     try:
         try:
-            model = build(model_type, TRAINED_LENGTH, settings, types)
+            model = build(model_type, CEILING if callable(settings) else LONG_ENOUGH, settings, types)
         except Exception as error:
             return Row(name, f"not built: {_first_line(error).split('. ')[0]}")
         try:
@@ -364,7 +376,9 @@ def _images(model: PreTrainedModel, reference: Callable[[], PreTrainedModel]) ->
     if model.config.model_type in NO_IMAGES:
         return f"not tried: {NO_IMAGES[model.config.model_type]}"
     try:
-        difference = stream_images(model, reference(), SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS))
+        cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS).bind(model)
+        lower_ceiling(cache)
+        difference = stream_images(model, reference(), cache)
     except Exception as error:
         if isinstance(error, ValueError) and "stream" in str(error):
             return f"refused: {_reason(error)}"
@@ -374,45 +388,63 @@ def _images(model: PreTrainedModel, reference: Callable[[], PreTrainedModel]) ->
 
 def _stream(name: str, model: PreTrainedModel, reference: Callable[[], PreTrainedModel], of_images: bool) -> Row:
     """Stream `model`, and compare with what `reference`, the same with more positions, gives without a cache."""
-    # Token by token, while positions are shifted back to stay below the trained length ...
     cache = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
     try:
-        differences = [_difference(model, reference, cache, 3, 24 if of_images else 40)]
+        difference = _difference(model, reference, cache)
     except (ValueError, TypeError) as error:
         if cache.get_seq_length() > 0:  # too late for a refusal
             raise
         return Row(name, f"refused: {_reason(error)}", _layers(model, []))
-    # ... and a long prompt, in chunks, which may have images.
     images = _images(model, reference) if of_images else ""
-    if images != "streams":
-        in_chunks = SinkCache(WINDOW_LENGTH, NUM_SINK_TOKENS)
-        differences.append(_difference(reference(), reference, in_chunks, 40, 8))
-    right = all(difference < TOLERANCE for difference in differences)
-    verdict = "streams" if right else f"wrong: {', '.join(f'{each:.1e}' for each in differences)}"
+    verdict = "streams" if difference < TOLERANCE else f"wrong: {difference:.1e}"
     return Row(name, verdict, _layers(model, cache.layers), _rotation(model, cache.layers), images)
 
 
-def _difference(
-    model: PreTrainedModel, reference: Callable, cache: SinkCache, length: int, max_new_tokens: int
-) -> float:
-    """The largest difference of any step from the oracle, for a prompt of `length` tokens and what is sampled after."""
-    with seeded():  # sampled, so that the stream never settles into a loop
-        output = generate(
-            model,
-            input_ids=prompt(length),
-            cache=cache,
-            use_cache=True,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=max_new_tokens,
-            do_sample=True,
-            suppress_tokens=[0, 1],  # padding, and what stands for an image in models that take one
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    logits, tokens = torch.cat(output.logits), output.sequences[0].tolist()
-    its_oracle = oracle_in_order if any(isinstance(layer, OrderedLayer) for layer in cache.layers) else oracle
-    expected = its_oracle(reference(), tokens, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    return difference(logits, expected[length - 1 : -1])
+def lower_ceiling(cache: SinkCache) -> None:
+    """Keep positions below `CEILING`, as if the model were trained to no more, where they do not stay lower anyway.
+
+    Raises:
+        RuntimeError: the length that the model is trained to was not found.
+    """
+    if any(isinstance(layer, OrderedLayer) for layer in cache.layers):
+        return  # whose positions are columns
+    if cache.held.ceiling > LONG_ENOUGH:
+        raise RuntimeError(f"positions up to {cache.held.ceiling} go to a model trained to {LONG_ENOUGH}")
+    cache.held.ceiling = min(cache.held.ceiling, CEILING)
+
+
+def _difference(model: PreTrainedModel, reference: Callable[[], PreTrainedModel], cache: SinkCache) -> float:
+    """The largest difference of any step from the oracle, in a conversation of `TURNS`.
+
+    In the first the window fills token by token. The prompt of the second is longer than what it holds, and goes in by
+    several tokens at a time, while positions are shifted back to stay below the ceiling, as they are in the answer.
+    """
+    said, steps, logits = torch.empty(1, 0, dtype=torch.long), [], []
+    for length, new_tokens in TURNS:
+        said = torch.cat([said, prompt(length)], dim=1)
+        with seeded():  # sampled, so that the stream never settles into a loop
+            output = generate(
+                model,
+                input_ids=said,
+                cache=cache,
+                use_cache=True,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=True,
+                suppress_tokens=[0, 1],  # padding, and what stands for an image in models that take one
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        steps += range(said.shape[1] - 1, output.sequences.shape[1] - 1)
+        logits += output.logits
+        said = output.sequences
+        lower_ceiling(cache)
+    ordered = any(isinstance(layer, OrderedLayer) for layer in cache.layers)
+    if not ordered and cache.get_seq_length() - min(cache.held.offsets) > CEILING:
+        raise RuntimeError(f"positions passed {CEILING}")
+    its_oracle = oracle_in_order if ordered else oracle
+    expected = its_oracle(reference(), said[0].tolist(), WINDOW_LENGTH, NUM_SINK_TOKENS)
+    return difference(torch.cat(logits), expected[steps])
 
 
 def _first_line(error: Exception) -> str:
@@ -658,7 +690,8 @@ def no_longer(rows: list[Row], old: str) -> list[str]:
 
 
 def quiet() -> None:
-    """Make a worker silent, and leave the other core to the other one."""
+    """Make a worker silent, leave the other core to the other one, and what was imported out of the collector."""
+    gc.freeze()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)

@@ -50,7 +50,7 @@ SMALL = dict(
     vocab_size=211,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,
@@ -65,7 +65,7 @@ LATENT = dict(
     qk_rope_head_dim=8,
     qk_nope_head_dim=8,
     v_head_dim=16,
-    first_k_dense_replace=2,
+    first_k_dense_replace=1,
     n_routed_experts=4,
     num_experts_per_tok=2,
     n_group=1,
@@ -98,7 +98,7 @@ def sharpened(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def stream(model: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int = 60, seed: int = 0, **kwargs):
+def stream(model: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int = 40, seed: int = 0, **kwargs):
     """What `generate` samples, so that it never settles into a loop, past a window of 16 with 4 sinks."""
     settings = dict(min_new_tokens=max_new_tokens, do_sample=True, return_dict_in_generate=True, output_logits=True)
     with seeded(seed):

@@ -18,7 +18,7 @@ class BackwardsConfig(PretrainedConfig):
         self,
         vocab_size=211,
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

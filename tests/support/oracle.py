@@ -1,9 +1,13 @@
 """The oracles: what streaming must give, from neither a cache nor a rotation of this repository's."""
 
+from typing import Optional
+
 import torch
+from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel
 
 from custom_generate.generate import CACHE
+from tests.support.helpers import RELEASE
 
 
 @torch.no_grad()
@@ -69,24 +73,73 @@ def oracle(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         attention_mask=attention_mask,
-        use_cache=False,
-        **inputs,
+        **({"use_cache": False} | inputs),
     )
     for hook in hooks:
         hook.remove()
     return output.logits[0, : len(tokens)]
 
 
+class RoundedCache(DynamicCache):
+    """Rounds keys and values to 8 bits as they come, as `kv_bits=8` has them: for the oracles.
+
+    Each token's numbers of a head become multiples of their largest magnitude / 127, which is rounded to bfloat16
+    first. Keys are rounded as they are at position `p % cycle`.
+
+    Args:
+        config: the model's.
+        columns: which are rounded. The sinks and their copies are not.
+        cycle: of the cache, None if no position reaches it.
+        inverse_frequencies: `[pairs]`, of a model that rotates a head's two halves against each other, for a cycle.
+    """
+
+    def __init__(self, config, columns: range, cycle: Optional[int] = None, inverse_frequencies=None):
+        super().__init__(config=config) if RELEASE >= Version("4.56") else super().__init__()
+        self.columns, self.cycle, self.inverse_frequencies = columns, cycle, inverse_frequencies
+        self.kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        slides = self.kinds is not None and self.kinds[layer_idx] in ("sliding_attention", "chunked_attention")
+        if not slides:
+            length = key_states.shape[2]
+            start = self.get_seq_length(layer_idx) if length == 1 else 0
+            columns = torch.arange(start, start + length)
+            rounds = (columns >= self.columns.start) & (columns < self.columns.stop)
+            away = torch.zeros_like(columns) if self.cycle is None else columns - columns % self.cycle
+            keys = self._turned(_in_8_bits(self._turned(key_states, -away)), away)
+            key_states, value_states = (
+                torch.where(rounds[:, None], rounded, whole)
+                for rounded, whole in ((keys, key_states), (_in_8_bits(value_states), value_states))
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _turned(self, keys: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        if self.cycle is None:
+            return keys
+        angles = distances.double()[:, None] * self.inverse_frequencies.double()
+        cos, sin, (first, second) = angles.cos().float(), angles.sin().float(), keys.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _in_8_bits(states: torch.Tensor) -> torch.Tensor:
+    step = (states.abs().amax(-1, keepdim=True) / 127).bfloat16().float().clamp(min=1e-30)
+    return (states / step).round().clamp(-127, 127) * step
+
+
 @torch.no_grad()
 def oracle_in_order(
-    model: PreTrainedModel, tokens: list[int], window_length: int, num_sink_tokens: int
+    model: PreTrainedModel,
+    tokens: list[int],
+    window_length: int,
+    num_sink_tokens: int,
+    cache: Optional[DynamicCache] = None,
 ) -> torch.Tensor:
     """The same for a model that knows the order of tokens by the columns of its cache, as by ALiBi.
 
     Tokens go one by one into a cache of transformers, out of which the oldest behind the sinks is cut by hand. The mask
     is as long as what is kept.
     """
-    cache, logits = DynamicCache(), []
+    cache, logits = DynamicCache() if cache is None else cache, []
     for token in tokens:
         kept = min(len(logits), window_length - 1)
         if len(logits) >= window_length:
@@ -208,7 +261,7 @@ def oracle_with_images(
     hooks = [decoder.register_forward_pre_hook(extend, with_kwargs=True)]
     hooks += [layer.register_forward_hook(put_sinks) for layer in layers]
     try:
-        return model(input_ids=input_ids, use_cache=False, **inputs).logits[0, :length]
+        return model(input_ids=input_ids, **({"use_cache": False} | inputs)).logits[0, :length]
     finally:
         for hook in hooks:
             hook.remove()
