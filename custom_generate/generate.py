@@ -3329,7 +3329,8 @@ def refuse_dropped_settings(model: PreTrainedModel, missing: list[str]) -> None:
     path = _file_of(model, "generation_config.json")
     if path is None:
         # A model that has none gets the same mark. It is found by its `config.json`, if it is where it was.
-        if _file_of(model, "config.json") is None:
+        # Of bits nothing is said: that there are none can't be passed.
+        if _file_of(model, "config.json") is None and missing != ["kv_bits"]:
             _logger.warning_once(
                 f"`{missing[0]}` was not given, so it is the default. Whether the model's `generation_config.json` "
                 f"names it can't be seen: {model.name_or_path!r} is not found any more, or not in this revision."

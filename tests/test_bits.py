@@ -33,7 +33,8 @@ def stream(model, ids, number=60, window=(16, 4), cache=None, seed=0, **kwargs):
 def expected(model, tokens: list[int], cache, window=(16, 4)) -> torch.Tensor:
     """The oracle's logits of all `tokens`, with those behind the sinks rounded as `cache` has them."""
     cycle = cache.held.cycle if cache.held.cycle < len(tokens) else None
-    rounded = RoundedCache(model.config, range(window[1], len(tokens)), cycle, _frequencies(model) if cycle else None)
+    columns, frequencies = range(window[1], len(tokens)), _frequencies(model) if cycle else None
+    rounded = RoundedCache(model.config, columns, cycle, frequencies, cache.held.traits.factors)
     return oracle(model, tokens, *window, **{CACHE: rounded, "use_cache": True})
 
 

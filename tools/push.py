@@ -14,7 +14,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoFile, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.repocard import metadata_load
 
 ROOT = Path(__file__).resolve().parent.parent

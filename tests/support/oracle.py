@@ -91,11 +91,12 @@ class RoundedCache(DynamicCache):
         columns: which are rounded. The sinks and their copies are not.
         cycle: of the cache, None if no position reaches it.
         inverse_frequencies: `[pairs]`, of a model that rotates a head's two halves against each other, for a cycle.
+        factors: by what channels that stand out are divided before, as `ModelTraits.factors`.
     """
 
-    def __init__(self, config, columns: range, cycle: Optional[int] = None, inverse_frequencies=None):
+    def __init__(self, config, columns: range, cycle: Optional[int] = None, inverse_frequencies=None, factors=None):
         super().__init__(config=config) if RELEASE >= Version("4.56") else super().__init__()
-        self.columns, self.cycle, self.inverse_frequencies = columns, cycle, inverse_frequencies
+        self.columns, self.cycle, self.inverse_frequencies, self.factors = columns, cycle, inverse_frequencies, factors
         self.kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -106,10 +107,12 @@ class RoundedCache(DynamicCache):
             columns = torch.arange(start, start + length)
             rounds = (columns >= self.columns.start) & (columns < self.columns.stop)
             away = torch.zeros_like(columns) if self.cycle is None else columns - columns % self.cycle
-            keys = self._turned(_in_8_bits(self._turned(key_states, -away)), away)
+            factors = {} if self.factors is None else self.factors[layer_idx]
+            keys = self._turned(_in_8_bits(self._turned(key_states, -away), factors.get("keys")), away)
+            values = _in_8_bits(value_states, factors.get("values"))
             key_states, value_states = (
                 torch.where(rounds[:, None], rounded, whole)
-                for rounded, whole in ((keys, key_states), (_in_8_bits(value_states), value_states))
+                for rounded, whole in ((keys, key_states), (values, value_states))
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -121,9 +124,11 @@ class RoundedCache(DynamicCache):
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def _in_8_bits(states: torch.Tensor) -> torch.Tensor:
+def _in_8_bits(states: torch.Tensor, factors: Optional[torch.Tensor]) -> torch.Tensor:
+    factors = 1 if factors is None else factors[:, None]  # [kv_heads, 1, head_dim]
+    states = states / factors
     step = (states.abs().amax(-1, keepdim=True) / 127).bfloat16().float().clamp(min=1e-30)
-    return (states / step).round().clamp(-127, 127) * step
+    return (states / step).round().clamp(-127, 127) * step * factors
 
 
 @torch.no_grad()
