@@ -72,7 +72,7 @@ def draw(file: Path, title: str) -> None:
     for name in NAMES.values():
         own = sorted((row["MiB"], row["perplexity"]) for row in rows_of(file) if row["cache"] == name)
         panel.plot(*zip(*own), label=name, marker="o", **plot.STYLES[name])
-    plot.entitle(panel, "perplexity", [])
+    plot.entitle(panel, f"perplexity past {FIRST:,} tokens", [])
     panel.set_xlabel("MiB that the cache takes")
     figure.suptitle(title)
     plot.finish(figure, [panel], file.with_suffix(".png"))
@@ -115,7 +115,7 @@ def main() -> None:
     # Longer windows gain less, where a text looks back less far.
     target(f"at the bytes of a window of {arguments.window_length[0]}", as_large[0], at_most=0.89)
     if plot.CAN_DRAW:
-        draw(table.path, f"{Path(arguments.model or SMOLLM2).name}, perplexity of tokens past {FIRST:,}")
+        draw(table.path, f"{Path(arguments.model or SMOLLM2).name}, {of_text}")
 
 
 if __name__ == "__main__":

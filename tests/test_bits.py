@@ -6,6 +6,7 @@ its token leaves the window. So what is compared are medians over steps, of more
 
 import copy
 import json
+import weakref
 
 import pytest
 import safetensors
@@ -383,3 +384,20 @@ def test_a_model_called_by_itself():
         logits = torch.cat([model(token, use_cache=True, **{CACHE: cache}).logits[0] for token in ids.split(1, 1)])
     assert cache.held.cycle < 40
     assert_right(logits, expected(model, ids[0].tolist(), cache))
+
+
+@pytest.mark.newest_only
+def test_no_more_than_one_layer_is_whole_at_a_time():
+    model, cache = small_model(num_hidden_layers=4), SinkCache(**WINDOW)
+    said = stream(model, prompt(20), 1, cache=cache).sequences
+    update, seen, whole = cache.update, [], []
+
+    def watched(*args, **kwargs):
+        whole.append(sum(reference() is not None for reference in seen))
+        keys, values = update(*args, **kwargs)
+        seen.append(weakref.ref(keys))
+        return keys, values
+
+    cache.update = watched
+    stream(model, said, 3, cache=cache)
+    assert len(whole) > 8 and max(whole) == 0
