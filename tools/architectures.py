@@ -598,7 +598,7 @@ REASONS = {
     "do not move by one rotation": "The two dimensions of a pair in its keys turn with different axes of an image's "
     "positions, so no rotation moves them.",
     "keeps keys without positions": "Its index goes by the columns of the cache.",
-    "no transformers `generate`": "It has no `generate` of transformers: it makes a block at once, or actions.",
+    "that generates, got": "It has no `generate` of transformers: it makes a block at once, or actions.",
     "tokens after it": "What it gives for a token depends on tokens after it.",
     "has no attribute 'image_outputs'": "Its forward asks for an output that it does not have, with any cache.",
     "shared_kv_states": "It drafts for another model, out of whose keys and values it reads. It has none of its own.",
