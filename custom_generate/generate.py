@@ -493,7 +493,12 @@ class Rotation:
             pairs: of `Rotation.pairs`, in float32: `[..., pairs, 2]`.
             distances: float64 on the CPU, in a shape that broadcasts to the dimensions of `pairs` before the last two.
         """
-        return torch.stack(turned(pairs, self.turns(distances, pairs.device)), dim=-1)
+        if pairs.numel() == 0:  # which has strides of any kind
+            return pairs
+        angles = distances[..., None] * self.frequencies
+        # As one product of complex numbers: fewer kernels than `turned`, and as fast where pairs are contiguous.
+        rotations = torch.polar(torch.ones_like(angles), angles).to(pairs.device, torch.complex64)
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotations)
 
     def rotate_(self, keys: torch.Tensor, distances: list[int]) -> torch.Tensor:
         """Rotate each row of `keys` (`[rows, kv_heads, seq, head_dim]`) in place, with one rounding to their dtype."""
@@ -1075,7 +1080,8 @@ class CodedRing(Ring):
         turns, rows = plan.turns("slots", self.rotation, self.rows.device), len(plan.pads)
         if self.turns is None:
             pairs = self.rotation.frequencies.numel()
-            self.turns = torch.zeros(2, rows, 1, self.window.length, pairs, device=self.rows.device)
+            shape = 2, rows, 1, self.window.length, pairs
+            self.turns = torch.zeros(shape, dtype=torch.float32, device=self.rows.device)
             mark_static(self.turns)
         elif turns is None and not self.are_turned:
             return
@@ -1235,7 +1241,7 @@ class SinkLayer(CacheLayerMixin):
         return {name: value for name, value in vars(self).items() if name not in ("slots", "apart", "sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, slots={}, apart={}, sinks={})
         if self.is_initialized:
             self._use(self.ring, self.index)  # a copied view would be none
 

@@ -35,7 +35,7 @@ def state_of(value, known: dict):
     known[id(value)] = len(known)
     if isinstance(value, torch.Tensor):
         memory = known.setdefault(("memory", value.untyped_storage().data_ptr()), len(known))
-        numbers = value.numpy().tobytes()
+        numbers = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return memory, value.storage_offset(), value.stride(), value.shape, value.dtype, numbers
     if isinstance(value, dict):
         return tuple((state_of(key, known), state_of(each, known)) for key, each in value.items())

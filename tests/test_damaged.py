@@ -351,7 +351,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path, monkeypatch):
     start = time.perf_counter()
     caches[1].save(path)
     takes, found = time.perf_counter() - start, []
-    for _ in range(40):
+    while len(found) < 40 or (len(found) < 400 and len(set(found)) < 2):  # a busy machine ends no first save in time
         child = os.fork()
         if not child:
             try:

@@ -8,6 +8,7 @@ import torch
 
 from custom_generate.generate import CACHE, SinkCache, Transcript, digest_of, generate
 from tests.support.helpers import left_padded, prompt, small_model
+from tests.support.oracle import difference, oracle
 
 pytestmark = pytest.mark.ends_only
 
@@ -172,7 +173,6 @@ def test_what_the_model_got_by_itself_stays_unknown():
     model, cache, said = small_model(), SinkCache(16, 4), prompt(40)
     cache.bind(model)
     feed(model, cache, said[:, :20], size=5)
-    cache.prepare_inputs(prompt(3, seed=1))  # and called with other ones, one by one
     with torch.no_grad():
         for column in range(20, 24):
             model(said[:, column : column + 1], **{CACHE: cache})
@@ -181,6 +181,22 @@ def test_what_the_model_got_by_itself_stays_unknown():
         refuses(model, cache, edited(said, column))
     goes_on(model, copy.deepcopy(cache), said)
     generate(model, input_ids=edited(said, 21), past_key_values=cache, **GREEDY)  # nobody can know
+
+
+def test_a_call_with_other_tokens_than_those_that_were_prepared():
+    # The model may have been told places in the window, and not columns: then it would put these tokens there.
+    model, cache, said = small_model(), SinkCache(16, 4), prompt(40)
+    cache.bind(model)
+    feed(model, cache, said[:, :20], size=5)
+    cache.prepare_inputs(prompt(3, seed=1))
+    try:
+        with torch.no_grad():
+            logits = model(said[:, 20:21], **{CACHE: cache}).logits[0]
+    except ValueError as error:
+        assert "positions that are not the numbers of tokens" in str(error)
+    else:
+        assert difference(logits, oracle(model, said[0].tolist(), 16, 4)[20:21]) < 1e-5
+    goes_on(model, cache, said)
 
 
 # --- the digest
