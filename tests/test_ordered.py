@@ -79,7 +79,11 @@ OTHER_WINDOWS += [("mpt", (16, 15))] if "mpt" in CONFIGS else []
 
 @pytest.mark.parametrize(
     "name, window",
-    [*((name, (16, 4)) for name in CONFIGS), *(on_the_newest(*case) for case in OTHER_WINDOWS)],
+    [
+        ("bloom", (16, 4)),
+        *(at_the_ends(name, (16, 4)) for name in CONFIGS if name != "bloom"),
+        *(on_the_newest(*case) for case in OTHER_WINDOWS),
+    ],
     ids=str,
 )
 def test_every_step_far_past_the_window(name, window):
