@@ -121,12 +121,13 @@ def main() -> None:
     parser.add_argument("--window-length", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--num-sink-tokens", type=int, default=4)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, metavar="NAME")
+    parser.add_argument("--of", default="", metavar="NAME", help="of the table, where it is not of all contestants")
     parser.add_argument("--rounds", type=int, default=10, help=f"of {BLOCK} tokens of each")
     arguments = parsed(parser)
     keep_freed_memory()
     model = load(arguments.model, arguments.device, arguments.dtype)
     sinks = "" if arguments.num_sink_tokens == 4 else f"-{arguments.num_sink_tokens}-sinks"
-    name = f"decode-{arguments.model}{sinks}-{arguments.device.type}"
+    name = f"decode-{arguments.model}{sinks}{arguments.of and '-'}{arguments.of}-{arguments.device.type}"
     table = Table(name, f"{arguments.model}: {described(arguments.device, arguments.dtype)}")
 
     def measure(batch: int, window: int) -> None:
