@@ -2685,8 +2685,9 @@ def read_factors(model: PreTrainedModel, traits: ModelTraits) -> ModelTraits:
     """
     if traits.factors is not None:
         return traits
+    length = max(min(16, traits.trained_length or 16), 3)
     with without_hooks(model) as stand_in:
-        _, cache = _run(stand_in, some_tokens(stand_in, 16), None if traits.ordered else 0)
+        _, cache = _run(stand_in, some_tokens(stand_in, length), None if traits.ordered else 0)
     factors = []
     for layer, (rotation, _) in zip(keys_and_values(cache), traits.rotations):
         found = {name: _factors(layer[name], _of(rotation, name)) for name in ("keys", "values") if name in layer}
@@ -3140,7 +3141,9 @@ def make_layers(window: Window, traits: ModelTraits) -> list:
     layers, rings = [], {}
 
     def ring_of(rotation: Optional[Rotation], layout: tuple, ring_class: type[Ring]) -> Ring:
-        return rings.setdefault((rotation, layout), ring_class(window, rotation))
+        if (rotation, layout) not in rings:
+            rings[rotation, layout] = ring_class(window, rotation)
+        return rings[rotation, layout]
 
     kind_of_ring = CodedRing if window.bits else Ring
 
