@@ -207,7 +207,7 @@ def test_rows_in_another_order():
         assert_right(logits[row], right[1 - row, 30:])
 
 
-@pytest.mark.ends_only
+@pytest.mark.newest_only
 def test_one_graph_for_compiled_steps():
     model, graphs = small_model(num_hidden_layers=2, max_position_embeddings=24), []
 
