@@ -127,7 +127,8 @@ def main() -> None:
     keep_freed_memory()
     model = load(arguments.model, arguments.device, arguments.dtype)
     sinks = "" if arguments.num_sink_tokens == 4 else f"-{arguments.num_sink_tokens}-sinks"
-    name = f"decode-{arguments.model}{sinks}{arguments.of and '-'}{arguments.of}-{arguments.device.type}"
+    of_some = f"-{arguments.of}" if arguments.of else ""
+    name = f"decode-{arguments.model}{sinks}{of_some}-{arguments.device.type}"
     table = Table(name, f"{arguments.model}: {described(arguments.device, arguments.dtype)}")
 
     def measure(batch: int, window: int) -> None:

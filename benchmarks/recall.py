@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", choices=NAMES, default=["full", "sink", "sink-8-bits", "window"])
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
+    parser.add_argument("--of", default="", metavar="NAME", help="of the table, where it is not of all caches")
     parser.add_argument("--lines", type=int, default=200, help="of the stream")
     parser.add_argument("--every", type=int, default=3, help="lines between two moments of asking")
     parser.add_argument("--back", type=int, nargs="+", default=[1, 5, 10, 20, 25, 30, 40, 60, 100], help="lines")
@@ -84,6 +85,7 @@ def main() -> None:
     length = len(stream) / len(told)  # of a line, in the mean
 
     slug = re.sub(r"\W+", "-", Path(arguments.model or SMOLLM2).name.lower())
+    slug += f"-{arguments.of}" if arguments.of else ""
     table = Table(f"recall-{slug}-{arguments.device.type}", described(arguments.device, arguments.dtype))
     for kind in arguments.caches:
         sinks, window = arguments.num_sink_tokens if "sink" in kind else 0, arguments.window_length
