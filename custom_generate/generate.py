@@ -12,8 +12,8 @@ The cache keeps the first `num_sink_tokens` tokens of a sequence, the sinks, and
     after token 10                              0  1    8  9 10  5  6  7
 
 Keys stay as the model rotated them. The sinks alone are rotated anew at each step, so that their positions are those
-directly before the oldest recent token. With `kv_bits=8` the ring holds codes: see `CodedRing`. The rest makes this work
-for any model, batch, prompt length and release.
+directly before the oldest recent token. With `kv_bits=8` the ring holds codes: see `CodedRing`. The rest makes this
+work for any model, batch, prompt length and release.
 
 Words, each with one meaning:
 
